@@ -23,7 +23,7 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import Kind, register
 from fedsim.rng import CLIENT, PLAN, SERVER, Key, fold, generator
-from fedsim.strategy import Strategy, WeightedStrategy
+from fedsim.strategy import Report, Strategy, WeightedStrategy
 from fedsim.tree import add, concat, rows
 from fedsim.types import Arrivals, Job, Metrics, Total, Updates, add_metrics
 
@@ -122,11 +122,12 @@ class Sync(Pace):
 
 @dataclass(frozen=True)
 class Round:
-    """The world after `version` rounds. `received` is what came in during the last of them."""
+    """The world after `version` rounds. `received` is what came in during the last of them, `report` what the strategy says of it."""
 
     version: int
     state: Any
     received: Received
+    report: Report = field(default_factory=dict)
 
 
 def run(strategy: Strategy, problem: Problem, w: Params, port: Port, pace: Pace, key: Key, start: Round | None = None) -> Iterator[Round]:
@@ -141,9 +142,11 @@ def run(strategy: Strategy, problem: Problem, w: Params, port: Port, pace: Pace,
         if len(ids):
             for job in strategy.plan(seen, state, ids, fold(key, PLAN, version, 1)):
                 port.send(job, version, fold(key, CLIENT, version))
-        received, state = _aggregate(strategy, seen, state, port, fold(key, SERVER, version))
+        before = state
+        received, state = _aggregate(strategy, seen, before, port, fold(key, SERVER, version))
+        report = strategy.report(seen, before, state, received.arrivals) if received.arrivals is not None else {}
         version += 1
-        yield Round(version, state, received)
+        yield Round(version, state, received, report)
 
 
 def _aggregate(strategy: Strategy, problem: Problem, state: Any, port: Port, key: Key) -> tuple[Received, Any]:

@@ -13,9 +13,10 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 from fedsim import rng
 from fedsim.engine import Received, Round, run
@@ -157,6 +158,7 @@ class _Training:
                 row = self._row(stage, last, port, progress)
                 end = time.perf_counter()
                 self.folder.log("metrics", row)
+                self.folder.log("clients", _client_row(row["round"], last))
                 self.folder.log("timings", {"round": row["round"], "train": trained - clock, "evaluate": end - trained})
                 saved = row["round"] % self.scenario.output.checkpoint == 0 or last.version == stage.rounds
                 if saved:
@@ -187,6 +189,7 @@ class _Training:
             if who:
                 row[f"{kind}_clients"] = {str(i): why for i, why in sorted(who.items())}
         row |= {f"train.{name}": _plain(value) for name, value in mean(received.metrics).items()}
+        row |= {f"server.{name}": _plain(float(value)) for name, value in last.report.items() if not _per_client(value)}
         total = sum(s.rounds for s in self.scenario.stages())
         if number % self.scenario.evaluate.every == 0 or number == total:
             row |= self._scores(stage, last.state, last.state.w, port)
@@ -205,6 +208,17 @@ class _Training:
                 label, kinds = ("accuracy", tuple(spread)) if name == "correct" else (name, ("mean", "weighted_mean", "std"))
                 row |= {f"clients.{label}.{kind}": _plain(spread[kind]) for kind in kinds}
         return row
+
+
+def _client_row(number: int, last: Round) -> Row:
+    """Who took part in a round, and what is to be said of each: columns in the order of `ids`."""
+    arrivals = last.received.arrivals
+    row: Row = {"round": number, "ids": [] if arrivals is None else arrivals.ids.tolist()}
+    return row | {name: list(map(_plain, value.tolist())) for name, value in last.report.items() if _per_client(value)}
+
+
+def _per_client(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _plain(value: float) -> float | None:

@@ -3,11 +3,12 @@
     scenario.yaml       what ran, resolved: every default written out
     manifest.json       versions, machine, seed, code revision, how chunks were executed
     metrics.jsonl       a row a round; a function of the scenario alone, so two runs of one scenario have the same bytes
+    clients.jsonl       a row a round: who took part, and the weight and whatever else the strategy says of each; likewise
     timings.jsonl       wall-clock seconds of each round; these differ from run to run
     checkpoints/        tensors (safetensors) and their outline (JSON); nothing is ever unpickled
     model.safetensors   the final model
 
-Every file but the two logs is written beside its place and moved there; the logs are appended to and flushed.
+Every file but the logs is written beside its place and moved there; the logs are appended to and flushed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from fedsim.tree import dump, load
 
 FORMAT = 1
 """Version of the checkpoint format."""
+
+LOGS = ("metrics", "clients", "timings")
 
 
 class Folder:
@@ -80,7 +83,7 @@ class Folder:
             raise FedsimError(f"{self.path / 'manifest.json'}: cannot be read: {error}") from None
 
     def log(self, name: str, row: dict[str, Any]) -> None:
-        """Append a row to `metrics` or `timings`, and flush it."""
+        """Append a row to one of `LOGS`, and flush it."""
         if name not in self._logs:
             self._logs[name] = open(self.path / f"{name}.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (until `close`)
         self._logs[name].write(json.dumps(row) + "\n")
@@ -97,7 +100,7 @@ class Folder:
     def rewind(self, round: int) -> None:
         """Forget what was logged after `round`."""
         self.close()
-        for name in ("metrics", "timings"):
+        for name in LOGS:
             kept = [row for row in self.rows(name) if row["round"] <= round]
             self._write(f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
 

@@ -39,6 +39,9 @@ from fedsim.rng import Key
 from fedsim.tree import record
 from fedsim.types import Arrivals, Batch, Draw, Draws, Job, Reply, Total, Updates
 
+Report = dict[str, float | Tensor]
+"""What is to be said of a round: numbers, and tensors `[C]` with one value for each arrival."""
+
 NOTHING: dict[str, Any] = {}
 """The memory of a client that remembers nothing: an empty pytree."""
 
@@ -121,6 +124,14 @@ class Strategy(Kind, ABC):
         """What a client runs, and what is evaluated. Default: the server's model."""
         return state.w
 
+    def report(self, problem: Problem, before: Any, state: Any, arrivals: Arrivals) -> Report:
+        """What is to be said of the round that turned `before` into `state`. Default: nothing.
+
+        Numbers are logged as `server.<name>`; tensors `[C]`, in the order of `arrivals`, as each client's own. A strategy in which clients
+        count differently says how much under the name `weight`.
+        """
+        return {}
+
 
 class WeightedStrategy(Strategy, ABC):
     """A strategy whose new model is a function of a weighted SUM, with weights that are known before anyone trains.
@@ -141,6 +152,9 @@ class WeightedStrategy(Strategy, ABC):
     def server(self, problem: Problem, state: Any, updates: Updates, key: Key) -> Any:
         total = updates.total(self.weigh(problem, state, updates.arrivals))
         return self.apply(problem, state, total, updates.arrivals, key)
+
+    def report(self, problem: Problem, before: Any, state: Any, arrivals: Arrivals) -> Report:
+        return {"weight": self.weigh(problem, before, arrivals)}
 
 
 Count = Annotated[int, Gt(0), Le(1_000_000)]
