@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +19,8 @@ import typer
 from fedsim.errors import FedsimError, ScenarioError, did_you_mean
 
 if TYPE_CHECKING:
-    from fedsim.console import Display
     from fedsim.document import Document
     from fedsim.folder import Folder
-    from fedsim.scenario import Scenario
 
 app = typer.Typer(
     help="Federated-learning simulation: one YAML scenario, any strategy, the same bits on any number of workers.",
@@ -32,6 +30,9 @@ app = typer.Typer(
 )
 
 ScenarioArgument = Annotated[str, typer.Argument(metavar="SCENARIO", help="A YAML file, or the name of a scenario that comes with fedsim.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="A line for every round; a traceback where something fails.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: strategy.server_lr=0.5.")]
 
 
@@ -47,18 +48,20 @@ def main() -> None:
 
 
 @contextmanager
-def _explained(document: Document | None = None) -> Iterator[None]:
+def _explained(document: Document | None = None, verbose: bool = False) -> Iterator[None]:
     """Turn expected failures into a message and an exit code."""
-    from fedsim.document import InvalidScenario
-
     try:
         yield
-    except InvalidScenario as error:
-        _fail(str(error), 2)
-    except ScenarioError as error:
-        _fail(document.explain(error) if document else str(error), 2)
     except FedsimError as error:
-        _fail(str(error), 1)
+        if verbose:
+            traceback.print_exc()
+        _fail(document.explain(error) if document and isinstance(error, ScenarioError) else str(error), _code(error))
+
+
+def _code(error: FedsimError) -> int:
+    from fedsim.document import InvalidScenario
+
+    return 2 if isinstance(error, (InvalidScenario, ScenarioError)) else 1
 
 
 def _fail(message: str, code: int) -> None:
@@ -67,113 +70,139 @@ def _fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values))
+
+
 @app.command()
 def run(
     scenario: Annotated[str | None, typer.Argument(metavar="[SCENARIO]", help="A YAML file, or the name of one that comes along.")] = None,
     set_: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/<name>/<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a scenario, or resume one."""
-    with _explained():
+    with _explained(verbose=verbose):
         if (scenario is None) == (resume is None):
             _fail("give either a SCENARIO to run, or --resume FOLDER", 2)
-        if resume is not None:
-            if set_ or output:
-                _fail("--resume goes on with the scenario in the folder; --set and --output do not go with it", 2)
-            _resume(resume, quiet)
-        else:
-            assert scenario is not None
-            _start(scenario, tuple(set_ or ()), output, quiet)
+        if resume is not None and (set_ or output):
+            _fail("--resume goes on with the scenario in the folder; --set and --output do not go with it", 2)
+        path = find(scenario) if scenario is not None else None
+        from fedsim import session
+        from fedsim.folder import Folder
+        from fedsim.scenario import load
+
+        folder = Folder.open(resume) if resume is not None else None
+        parsed, document = load(path or (resume or Path()) / "scenario.yaml", tuple(set_ or ()))
+        finished = folder is not None and folder.finished
+        if not finished:
+            with _explained(document, verbose):
+                if folder is None:
+                    world, folder = session.begin(parsed, output)
+                else:
+                    world = session.take_up(parsed, folder)
+                if code := session.train(parsed, world, folder, quiet or as_json, verbose):
+                    raise typer.Exit(code)
+        assert folder is not None
+        _tell_run(folder, finished, as_json)
 
 
-def _start(name: str, assignments: tuple[str, ...], output: Path | None, quiet: bool) -> None:
-    path = find(name)
-    from fedsim import experiment
-    from fedsim.folder import Folder
-    from fedsim.scenario import load
-    from fedsim.world import build
+def _tell_run(folder: Folder, finished: bool, as_json: bool) -> None:
+    """The result of a run."""
+    from fedsim.console import headline, report, terminal
 
-    scenario, document = load(path, assignments)
-    with _explained(document):
-        world = build(scenario)
-        place = output or (Path(scenario.output.folder) if scenario.output.folder else None)
-        folder = Folder.create(place, scenario.name)
-        folder.lock()
-        experiment.start(scenario, world, folder)
-        _train(scenario, world, folder, quiet)
-
-
-def _resume(path: Path, quiet: bool) -> None:
-    from fedsim.console import report, terminal
-    from fedsim.folder import Folder
-    from fedsim.manifest import differences, manifest
-    from fedsim.scenario import load
-    from fedsim.world import build
-
-    folder = Folder.open(path)
-    scenario, document = load(path / "scenario.yaml")
-    if folder.finished:
-        report(terminal(), folder.rows())
-        print(f"This run is finished: {path}")
+    rows = folder.rows()
+    name = headline(rows[-1])
+    if as_json:
+        _print_json({"folder": str(folder.path), "metric": name, "value": rows[-1].get(name), "last": rows[-1]})
         return
-    with _explained(document):
-        world = build(scenario)
-        folder.lock()
-        for change in differences(folder.manifest(), manifest(scenario, world)):
-            print(f"warning: {change} since this run started; the last bits may differ", file=sys.stderr)
-        _train(scenario, world, folder, quiet)
-
-
-def _train(scenario: Scenario, world: Any, folder: Folder, quiet: bool) -> None:
-    """Train with a display; a first Ctrl-C finishes the round in hand, a second one does not."""
-    from fedsim import experiment
-    from fedsim.console import Bar, Lines, Silent, headline, report, terminal
-
-    console = terminal()
-    rounds = sum(stage.rounds for stage in scenario.stages())
-    display: Display = Silent() if quiet else (Bar if console.is_terminal else Lines)(console, rounds)
-    row: dict[str, Any] = {}
-    try:
-        with _interruptible() as interrupted, closing(experiment.train(scenario, world, folder)) as rows:
-            for row in rows:
-                display.show(row)
-                if interrupted() and row["round"] < rounds:
-                    break
-    except KeyboardInterrupt:
-        print(f"\nDropped the round in hand. Go on with:\n  fedsim run --resume {folder.path}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    finally:
-        display.close()
-        folder.unlock()
-    if row.get("round", rounds) < rounds:
-        print(f"\nInterrupted after round {row['round']} of {rounds}. Go on with:\n  fedsim run --resume {folder.path}", file=sys.stderr)
-        raise typer.Exit(130)
-    logged = folder.rows()
-    report(console, logged)
-    if name := headline(logged[-1]):
-        print(f"Final {name}: {logged[-1][name]:.4f}")
+    report(terminal(), rows)
+    if finished:
+        print(f"This run is finished: {folder.path}")
+        return
+    if name:
+        print(f"Final {name}: {rows[-1][name]:.4f}")
     print(f"Run folder: {folder.path}")
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come. The second one raises KeyboardInterrupt at once."""
-    came: list[int] = []
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(metavar="STUDY|SCENARIO", help="A study, or with --strategies a scenario: a file or a name.")],
+    strategies: Annotated[str | None, typer.Option(metavar="A,B,...", help="Strategies to compare.")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N", help="How many seeds, or which: '[3, 7]'.")] = None,
+    over: Annotated[list[str] | None, typer.Option(metavar="FIELD=V1,V2", help="Vary a field; may be repeated.")] = None,
+    baseline: Annotated[str | None, typer.Option(metavar="LABEL", help="What the others are compared with. Default: the first.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="VALUE", help="Report rounds and bytes to this value of the metric.")] = None,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="The study folder. Default: runs/studies/<name>. Goes on where it was left.")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study: strategies x seeds x settings, paired; then write its report. Finished cells are kept."""
+    with _explained(verbose=verbose):
+        path = find(study)
+        from fedsim import session
+        from fedsim.study import load_study, options
 
-    def note(signum: int, frame: Any) -> None:
-        came.append(signum)
-        if len(came) > 1:
-            raise KeyboardInterrupt
-        print("\nFinishing the round in hand; press Ctrl-C again to drop it.", file=sys.stderr)
+        plan = load_study(path, options(strategies, seeds, over or [], baseline, target), tuple(set_ or ()))
+        folder = output or Path("runs") / "studies" / plan.study.study
+        if code := session.compare(plan, folder, quiet or as_json, verbose):
+            raise typer.Exit(code)
+        failed = _tell_study(folder, quiet, as_json)
+        if failed:
+            raise typer.Exit(1)
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+
+def _tell_study(folder: Path, quiet: bool, as_json: bool) -> int:
+    """The result of a study, and its report. Returns how many cells failed."""
+    from fedsim.report import comparison, write_report
+    from fedsim.results import read_study
+
+    results = read_study(folder)
+    page = write_report(folder)
+    if as_json:
+        _print_json(comparison.as_json(results) | {"folder": str(folder), "report": str(page)})
+    else:
+        from fedsim.console import terminal
+
+        comparison.tell(terminal(), results)
+        print(f"Report: {page}")
+    return results.count("failed")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", help="Run folders and study folders.")],
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The page of a single folder. Default: report.html in it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.html (self-contained, works offline) and tables (CSV, Markdown, LaTeX) into each folder."""
+    with _explained():
+        if output is not None and len(folders) > 1:
+            _fail("--output names the page of one folder; leave it out to write a page into each", 2)
+        from fedsim.report import write_report
+
+        pages = [write_report(folder, output) for folder in folders]
+        if as_json:
+            _print_json({"reports": [str(page) for page in pages]})
+        else:
+            print(*(f"Report: {page}" for page in pages), sep="\n")
+
+
+@app.command()
+def watch(
+    runs: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder to look for runs in.")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8377,
+) -> None:
+    """Serve a page on 127.0.0.1 that follows the runs in a folder. It only reads."""
+    with _explained():
+        from fedsim.watch import serve
+
+        serve(runs, port)
 
 
 @app.command()
@@ -200,7 +229,7 @@ def show(
 
 KINDS = (
     *("strategies", "programs", "schedules", "models", "data", "partitions"),
-    *("participation", "rates", "modulations", "paces", "scenarios"),
+    *("participation", "rates", "modulations", "paces", "trackers", "scenarios", "studies"),
 )
 
 
@@ -215,7 +244,7 @@ def list_(kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=f"On
 
         console = terminal()
         for name in KINDS if kind is None else (kind,):
-            entries = catalogue(name, bundled())
+            entries = catalogue(name)
             if kind is None:
                 console.print(f"\n[bold]{name}[/bold]")
             width = max((len(entry) for entry, _ in entries), default=0)
@@ -241,25 +270,10 @@ def version() -> None:
 
 
 def find(name: str) -> Path:
-    """The file of a scenario: a path, or the name of one that comes with fedsim (`quickstart`, `papers/fedavg`)."""
-    path = Path(name)
-    if path.exists() and not path.is_dir():
-        return path
-    names = bundled()
-    if name in names:
-        return names[name]
-    from fedsim.document import InvalidScenario
+    """The file of a scenario or study: a path, or the name of one that comes with fedsim."""
+    from fedsim.bundle import find
 
-    what = "a folder, not a scenario file" if path.is_dir() else "no such file"
-    hint = did_you_mean(name, names)
-    raise InvalidScenario(f"{name}: {what}{hint}; scenarios that come with fedsim: {', '.join(names)}")
-
-
-def bundled() -> dict[str, Path]:
-    """The scenarios that come with fedsim, by name: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
-    root = here / "scenarios" if (here / "scenarios").is_dir() else here.parent / "scenarios"
-    return {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.yaml"))}
+    return find(name)
 
 
 if __name__ == "__main__":

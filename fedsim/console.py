@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
-HEADLINE = ("test.accuracy", "test.perplexity", "test.r2", "test.loss")
+HEADLINE = tuple(f"{on}.{name}" for on in ("test", "validation") for name in ("accuracy", "perplexity", "r2", "loss"))
 """The metric shown in one word, the first that the task has."""
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -71,10 +72,74 @@ class Lines:
         pass
 
 
+class Verbose:
+    """A line for every round, with what came in."""
+
+    def __init__(self, console: Console, rounds: int):
+        self._console, self._rounds = console, rounds
+
+    def show(self, row: Row) -> None:
+        parts = [f"round {row['round']}/{self._rounds}"]
+        for name, unit in (("participants", "clients"), ("lost", "lost"), ("rejected", "rejected")):
+            if row.get(name):
+                parts.append(f"{row[name]} {unit}")
+        if "bytes_up" in row:
+            parts.append(f"{size(row['bytes_down'])} down, {size(row['bytes_up'])} up")
+        parts += [f"{name} {row[name]:.4f}" for name in ("train.loss", headline(row)) if name and row.get(name) is not None]
+        if row.get("seconds"):
+            parts.append(f"{row['seconds']:.2f} s")
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
 class Silent:
     """Nothing, for `--quiet`."""
 
     def show(self, row: Row) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class StudyLines:
+    """A line for each run of a study; in a terminal, also where the run at hand is; if `verbose`, a line for each evaluated round."""
+
+    def __init__(self, console: Console, verbose: bool):
+        self._console, self._verbose = console, verbose
+        self._status = console.status("") if console.is_terminal else None
+        self._began = time.monotonic()
+        if self._status:
+            self._status.start()
+
+    def show(self, event: Any) -> None:
+        head = f"[{event.number}/{event.total}] {'tuning ' if event.tuning else ''}{event.cell.place.removeprefix('tuning/')}"
+        if event.status == "running":
+            if self._verbose and brief(event.row):
+                self._print(f"{head}  round {event.row['round']}  {brief(event.row)}")
+            if self._status:
+                self._status.update(f"{head}  round {event.row['round']}  {brief(event.row)}".replace("[", r"\["))
+            self._began = self._began if event.row["round"] else time.monotonic()
+            return
+        if event.status == "done":
+            self._print(f"{head}  {brief(event.row)}  {time.monotonic() - self._began:.1f} s")
+        else:
+            self._print(f"{head}  " + ("finished before" if event.status == "kept" else f"FAILED: {event.reason}"))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()
+
+
+class StudySilent:
+    """Nothing, for `--quiet`."""
+
+    def show(self, event: Any) -> None:
         pass
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -147,9 +148,12 @@ class Document:
         if found:
             raise InvalidScenario("\n".join(self.line(path, why) for path, why in found))
 
-    def set(self, assignment: str) -> None:
-        """Apply `a.b.c=value`, the value read as YAML. An absent section is made, a bare name gets fields, lists are set whole."""
-        option = f"--set {assignment}"
+    def set(self, assignment: str, option: str = "") -> None:
+        """Apply `a.b.c=value`, the value read as YAML. An absent section is made, a bare name gets fields, lists are set whole.
+
+        Errors name the `option` that it came from.
+        """
+        option = option or f"--set {assignment}"
         dotted, separator, text = assignment.partition("=")
         path: Path_ = tuple(dotted.strip().split("."))
         try:
@@ -166,6 +170,33 @@ class Document:
         for end in range(1, len(path)):
             self.lines.setdefault(path[:end], option)  # sections that the option made
         self.lines[path] = option
+
+    def graft(self, path: Path_, other: Document, source: Path_) -> None:
+        """Put what stands at `source` in another document at `path` here, with its lines. Sections on the way are made as by `set`."""
+        value: Any = other.values
+        for part in source:
+            value = value[part]
+        place = other.where(source)
+        try:
+            self._mapping_above(path)[path[-1]] = deepcopy(value)
+        except _Unreadable as error:
+            self.problems[path], self.lines[path] = error.why, place
+            return
+        for known, theirs in ((self.lines, other.lines), (self.problems, other.problems)):
+            for old in [p for p in known if p[: len(path)] == path]:
+                del known[old]
+            known.update({path + p[len(source) :]: told for p, told in theirs.items() if p[: len(source)] == source})
+        for end in range(1, len(path) + 1):
+            self.lines.setdefault(path[:end], place)
+
+    def place(self, path: Path_, value: Any, told: str) -> None:
+        """Put a plain value at `path`; errors say that it comes from `told`."""
+        self._mapping_above(path)[path[-1]] = value
+        self.lines[path] = told
+
+    def copy(self) -> Document:
+        """Another document with the same values, to be changed by itself."""
+        return Document(self.path, deepcopy(self.values), dict(self.lines), dict(self.problems))
 
     def _mapping_above(self, path: Path_) -> dict[str | int, Any]:
         if len(path) > DEEPEST:

@@ -15,6 +15,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,23 +41,37 @@ PHASE = 1000
 """Folded after the seed, with the phase's number, for everything that happens in a phase; domains of `rng` are below it."""
 
 
+MOST_SCORED = 10_000
+"""Clients up to which each one's scores are logged."""
+
+SCORE = "accuracy"
+"""What the share of correct answers is called in a log."""
+
+
 def start(scenario: Scenario, world: World, folder: Folder) -> None:
     """Write what a run folder begins with."""
     folder.write_scenario(dump_scenario(scenario))
     folder.write_manifest(manifest(scenario, world))
 
 
-def train(scenario: Scenario, world: World, folder: Folder) -> Generator[Row, None, None]:
-    """Run the scenario, from the last checkpoint in `folder` if there is one. Yields a row of metrics a round; row 0 is the first model."""
-    executor = _executor(scenario, world)
+def train(scenario: Scenario, world: World, folder: Folder, executor: Executor | None = None) -> Generator[Row, None, None]:
+    """Run the scenario, from the last checkpoint in `folder` if there is one. Yields a row of metrics a round; row 0 is the first model.
+
+    An `executor` that is given was opened for a scenario of this world, and stays open.
+    """
+    own = open_executor(scenario, world) if executor is None else executor
     try:
-        yield from _Training(scenario, world, folder, executor).rounds()
+        if executor is not None:
+            own.freeze(None)  # an earlier run may have left the model of a phase there
+        yield from _Training(scenario, world, folder, own).rounds()
     finally:
-        executor.close()
+        if executor is None:
+            own.close()
         folder.close()
 
 
-def _executor(scenario: Scenario, world: World) -> Executor:
+def open_executor(scenario: Scenario, world: World) -> Executor:
+    """Workers, or this process, with the world's data resident. To be closed."""
     data, engine = world.data, scenario.engine
     trainer = Trainer(world.problem, data.x, data.y, data.train, world.mode, Batch(data.test_x, data.test_y))
     patience = Patience(engine.retries, engine.timeout, engine.on_failure == "lose")
@@ -112,7 +127,7 @@ class _Training:
         progress = _Progress.load(saved[1]) if saved else _Progress()
         stages = self.scenario.stages()
         if not saved:
-            row: Row = {"round": 0} | self._scores(stages[0], None, self.world.w, None)
+            row: Row = {"round": 0} | self._scores(0, stages[0], None, self.world.w, None)
             self.folder.log("metrics", row)
             yield row
         port: SimPort | None = None
@@ -192,22 +207,34 @@ class _Training:
         row |= {f"server.{name}": _plain(float(value)) for name, value in last.report.items() if not _per_client(value)}
         total = sum(s.rounds for s in self.scenario.stages())
         if number % self.scenario.evaluate.every == 0 or number == total:
-            row |= self._scores(stage, last.state, last.state.w, port)
+            row |= self._scores(number, stage, last.state, last.state.w, port)
         return row
 
-    def _scores(self, stage: Phase, state: Any, w: Params, port: SimPort | None) -> Row:
-        """Scores of what is deployed: the server's model on the test set, each client's own on its test data."""
+    def _scores(self, number: int, stage: Phase, state: Any, w: Params, port: SimPort | None) -> Row:
+        """Scores of what is deployed: the server's model on the test set, each client's own on its test data (logged one by one)."""
         problem, data, strategy, batch = self.world.problem, self.world.data, stage.strategy, self.scenario.evaluate.batch
         shared = w if state is None or strategy.personal else strategy.deploy(state, strategy.memory(problem, w))
-        row = {f"test.{name}": _plain(value) for name, value in evaluate(self.executor, problem, shared, len(data.test_x), batch).items()}
+        on = "validation" if self.scenario.data.validation else "test"
+        row = {f"{on}.{name}": _plain(value) for name, value in evaluate(self.executor, problem, shared, len(data.test_x), batch).items()}
         if self.scenario.evaluate.clients:
             personal = strategy.personal and port is not None
             models = (lambda i: strategy.deploy(state, port.memory_of(i))) if personal and port else shared
-            for name, spread in evaluate_clients(self.executor, problem, models, data, batch).items():
+            spreads, means = evaluate_clients(self.executor, problem, models, data, batch)
+            if data.clients <= MOST_SCORED:
+                self.folder.log("scores", _score_row(number, means))
+            for name, spread in spreads.items():
                 # Best and worst, and fairness, are said of what one wants more of.
-                label, kinds = ("accuracy", tuple(spread)) if name == "correct" else (name, ("mean", "weighted_mean", "std"))
+                label, kinds = (SCORE, tuple(spread)) if name == "correct" else (name, ("mean", "weighted_mean", "std"))
                 row |= {f"clients.{label}.{kind}": _plain(spread[kind]) for kind in kinds}
         return row
+
+
+def _score_row(number: int, means: dict[str, np.ndarray]) -> Row:
+    """Each client's scores at an evaluation, `[N]`, to six digits; null for a client without test data."""
+    return {"round": number} | {
+        SCORE if name == "correct" else name: [round(v, 6) if math.isfinite(v) else None for v in values.tolist()]
+        for name, values in means.items()
+    }
 
 
 def _client_row(number: int, last: Round) -> Row:

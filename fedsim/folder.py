@@ -4,9 +4,11 @@
     manifest.json       versions, machine, seed, code revision, how chunks were executed
     metrics.jsonl       a row a round; a function of the scenario alone, so two runs of one scenario have the same bytes
     clients.jsonl       a row a round: who took part, and the weight and whatever else the strategy says of each; likewise
+    scores.jsonl        a row an evaluation: each client's accuracy and loss on its own test data (`evaluate.clients`)
     timings.jsonl       wall-clock seconds of each round; these differ from run to run
     checkpoints/        tensors (safetensors) and their outline (JSON); nothing is ever unpickled
     model.safetensors   the final model
+    failure.json        why a cell of a study came to no end; gone when it is tried again
 
 Every file but the logs is written beside its place and moved there; the logs are appended to and flushed.
 """
@@ -27,7 +29,7 @@ from fedsim.tree import dump, load
 FORMAT = 1
 """Version of the checkpoint format."""
 
-LOGS = ("metrics", "clients", "timings")
+LOGS = ("metrics", "clients", "scores", "timings")
 
 
 class Folder:
@@ -144,6 +146,14 @@ class Folder:
 
         self._write("model.safetensors", save({name: tensor.detach().cpu().clone() for name, tensor in w.items()}))
 
+    def write_failure(self, reason: str, trace: str) -> None:
+        """Why the run ended before its end."""
+        self._write("failure.json", json.dumps({"reason": reason, "trace": trace}, indent=2).encode() + b"\n")
+
+    def forget_failure(self) -> None:
+        """It is tried again."""
+        (self.path / "failure.json").unlink(missing_ok=True)
+
     @property
     def finished(self) -> bool:
         return (self.path / "model.safetensors").is_file()
@@ -161,14 +171,17 @@ class Folder:
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is there whole or not at all."""
-        target = self.path / name
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
+        write_file(self.path / name, content)
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    with open(beside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, target)
 
 
 def _make_new(stem: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -9,8 +10,11 @@ import time
 from importlib.metadata import version as version_of
 from typing import Any
 
+import torch
+
 from fedsim import __version__
 from fedsim.errors import FedsimError
+from fedsim.params import Params
 from fedsim.scenario import Scenario
 from fedsim.world import World, count_workers
 
@@ -24,11 +28,21 @@ def manifest(scenario: Scenario, world: World) -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
         "code": _revision(),
         "partition": world.data.fingerprint(),
+        "initial_model": _digest(world.w),
         "clients": world.data.clients,
         "parameters": world.w.size,
         "engine": {"mode": world.mode, "device": world.problem.version.device.type, "workers": count_workers(scenario, world)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _digest(w: Params) -> str:
+    """SHA-256 (hex) over names, shapes and bytes of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(w.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, str]:

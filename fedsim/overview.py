@@ -115,10 +115,15 @@ def draw(world: World, file: Path) -> None:
         plt.close(figure)
 
 
-def catalogue(kind: str, scenarios: dict[str, Path]) -> list[tuple[str, str]]:
-    """Names and first docstring lines of what a scenario can name; of scenarios, their first comment."""
-    if kind == "scenarios":
-        return [(name, _first_comment(path)) for name, path in scenarios.items()]
+def catalogue(kind: str) -> list[tuple[str, str]]:
+    """Names and first docstring lines of what a scenario can name; of scenarios and studies, their first comment."""
+    from fedsim.bundle import bundled, bundled_studies
+    from fedsim.trackers import available
+
+    if kind in {"scenarios", "studies"}:
+        return [(name, _first_comment(path)) for name, path in (bundled() if kind == "scenarios" else bundled_studies()).items()]
+    if kind == "trackers":
+        return [(name, f"Copies every row of a run there ({where}).") for name, where in available().items()]
     choices = _kinds()[kind].choices
     return [(name, first_line(cls)) for name, cls in sorted(choices.items())]
 

@@ -162,6 +162,8 @@ def declared(root: type, values: Any, path: tuple[str | int, ...]) -> Any:
     for part in path:
         if typing.get_origin(hint) is tuple and isinstance(part, int):
             hint = typing.get_args(hint)[0]
+        elif typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             hint = typing.get_type_hints(hint).get(str(part))
         else:

@@ -21,14 +21,16 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 import fedsim.local  # noqa: F401  (registers programs)
+from fedsim import trackers
 from fedsim.data import Data
-from fedsim.document import Document, Path_, is_number, parse, shown
+from fedsim.document import Document, Path_, parse
 from fedsim.engine import Pace, Sync
-from fedsim.errors import FedsimError, ScenarioError, did_you_mean
+from fedsim.errors import FedsimError, ScenarioError
 from fedsim.fleet import Fleet
 from fedsim.models import Model
-from fedsim.registry import declared, dump, fields_of, is_kind, place, section, value_at
+from fedsim.registry import dump, section
 from fedsim.strategy import LocalProgram, Strategy
+from fedsim.wording import explain
 
 
 @section
@@ -92,11 +94,13 @@ class Output:
     folder: where, or null for runs/<name>/<time>.
     checkpoint: rounds between checkpoints.
     keep: how many checkpoints to keep.
+    trackers: other programs that are told of every round: tensorboard, mlflow, wandb, or a package's own.
     """
 
     folder: str | None = None
     checkpoint: Annotated[int, Gt(0)] = 10
     keep: Annotated[int, Gt(0)] = 2
+    trackers: tuple[str, ...] = ()
 
 
 @section
@@ -135,6 +139,7 @@ def faults(scenario: Scenario) -> Iterator[ScenarioError]:
         yield ScenarioError("evaluate.clients", "needs client test data; set data.client_test, e.g. to 0.2")
     if scenario.engine.address is not None and scenario.engine.workers in (0, "auto"):
         yield ScenarioError("engine.workers", "engine.address joins a Ray cluster: say how many workers to start there")
+    yield from trackers.faults(scenario.output.trackers)
     if scenario.phases is None:
         if scenario.strategy is None:
             yield ScenarioError("strategy", f"is required (or `phases`); there are: {', '.join(sorted(Strategy.choices))}")
@@ -199,7 +204,7 @@ def validate(document: Document) -> Scenario:
         for fault in faults(scenario):
             problems.setdefault(document.locate(fault), fault.message)
     except ValidationError as error:
-        problems = _problems(document.values, error)
+        problems = explain(Scenario, document.values, error)
     except ScenarioError as error:  # a dataclass that knows its place
         problems = {document.locate(error): error.message}
     document.refuse(problems)
@@ -228,81 +233,3 @@ def schema() -> dict[str, Any]:
     out = {"$schema": _Schema.schema_dialect} | adapter().json_schema(schema_generator=_Schema)
     out["required"] = [name for name in out["required"] if name != "name"]
     return out
-
-
-_WORDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "greater_than": "greater than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "{expected}",
-    "string_too_short": "text of at least {min_length} character(s)",
-    "too_short": "a list of at least {min_length} item(s)",
-    "too_long": "a list of at most {max_length} item(s)",
-}
-"""What a value should be, by pydantic's types of error."""
-
-
-def _problems(values: Any, error: ValidationError) -> dict[Path_, str]:
-    """What is the matter with each field that is wrong, and what is allowed there."""
-    found: dict[Path_, list[Any]] = {}
-    for e in error.errors(include_url=False):
-        path = place(values, e["loc"], absent=e["type"].startswith("missing"), name=e["type"] == "union_tag_invalid")
-        found.setdefault(path, []).append(e)
-    # Of a union's alternatives, the one that got furthest is the one that was meant.
-    near = {p: es for p, es in found.items() if not any(q != p and q[: len(p)] == p and es[0]["type"].endswith("_type") for q in found)}
-    return {path: _message(values, path, es) for path, es in near.items()}
-
-
-def _message(values: Any, path: Path_, errors: list[Any]) -> str:
-    kind, given = errors[0]["type"], value_at(values, path)
-    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        fields = fields_of(declared(Scenario, values, path[:-1]))
-        return f"unknown field{did_you_mean(str(path[-1]), fields)}; fields: {', '.join(fields) or '(none)'}"
-    if kind.startswith("missing"):
-        return f"is required{_choices(declared(Scenario, values, path))}"
-    if kind == "union_tag_invalid":
-        tags = errors[0]["ctx"]["expected_tags"].replace("'", "")
-        if not isinstance(given, str):
-            return f"should be a name, not {shown(given)}; there are: {tags}"
-        return f"there is no {shown(given)}{did_you_mean(given, tags.split(', '))}; there are: {tags}"
-    if kind in {"union_tag_not_found", "model_attributes_type", "dataclass_type"}:
-        return _shape(declared(Scenario, values, path), given)
-    if kind in {"value_error", "assertion_error"}:
-        return str(errors[0]["msg"]).split(", ", 1)[-1]
-    wanted = dict.fromkeys(_wanted(e) for e in errors)
-    return f"should be {' or '.join(wanted)}, not {shown(given)}{_advice(errors, given)}"
-
-
-def _wanted(e: Any) -> str:
-    bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in e.get("ctx", {}).items()}
-    return _WORDS[e["type"]].format(**bounds) if e["type"] in _WORDS else str(e["msg"]).removeprefix("Input should be ")
-
-
-def _shape(type_: Any, given: Any) -> str:
-    if not is_kind(type_):
-        return f"should be a mapping, not {shown(given)}; fields: {', '.join(fields_of(type_))}"
-    wrong = "needs a `name`" if isinstance(given, dict) else f"should be a name, or {{name: ..., field: value}}, not {shown(given)}"
-    return f"{wrong}{_choices(type_)}"
-
-
-def _choices(type_: Any) -> str:
-    return f"; there are: {', '.join(sorted(type_.choices))}" if is_kind(type_) else ""
-
-
-def _advice(errors: list[Any], given: Any) -> str:
-    """How to write what was probably meant."""
-    kinds = {e["type"] for e in errors}
-    if isinstance(given, str) and kinds & {"int_type", "float_type"} and is_number(given):
-        return "; leave out the quotes"
-    if "string_type" in kinds and isinstance(given, (bool, int, float)):
-        return "; put it in quotes"
-    allowed = [w for e in errors if e["type"] == "literal_error" for w in e["ctx"]["expected"].split("'")[1::2]]
-    return did_you_mean(given, allowed) if isinstance(given, str) else ""

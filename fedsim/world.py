@@ -65,6 +65,11 @@ def build(scenario: Scenario) -> World:
     return World(data, labels, problem, w, mode, _estimate(scenario, data, labels, problem, w))
 
 
+def adapt(world: World, scenario: Scenario) -> World:
+    """The world of a scenario that has the same data, model, seed and device; nothing is loaded again."""
+    return replace(world, seconds=_estimate(scenario, world.data, world.labels, world.problem, world.w))
+
+
 def count_workers(scenario: Scenario, world: World) -> int:
     """How many Ray workers the run gets; 0 = none, it stays in this process."""
     if scenario.engine.workers != "auto":

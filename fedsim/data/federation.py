@@ -20,7 +20,7 @@ from fedsim.problem import Classification, Task
 from fedsim.types import Batch
 
 # Folded after `rng.DATA`, so that no two of these draws share a stream.
-SOURCE, PROXY, PARTITION, CLIENT_TEST = range(4)
+SOURCE, PROXY, PARTITION, CLIENT_TEST, VALIDATION = range(5)
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,8 @@ class Data:
         clients: number of clients; null with `partition: natural` means all there are.
         client_test: fraction of each client's examples kept for testing on that client; its last block always stays in training.
         proxy: the server's own examples.
+        validation: fraction of each client's remaining training examples that the run is evaluated on, and never trained on, in the place
+            of all test examples: to choose a learning rate without a look at them. The next run, without it, trains on all.
         root: folder of the data sets; default `$FEDSIM_DATA`, then `~/.cache/fedsim`.
     """
 
@@ -169,6 +171,7 @@ class Data:
     clients: Annotated[int, Gt(0)] | None = None
     client_test: Annotated[float, Ge(0), Lt(1)] = 0.0
     proxy: Proxy | None = None
+    validation: Annotated[float, Ge(0), Lt(1)] = 0.0
     root: str | None = None
 
     def load(self, key: rng.Key) -> Federation:
@@ -181,6 +184,12 @@ class Data:
         if self.client_test and not len(client_test.index):
             advice = "raise it or have fewer clients; examples that overlap form a block, and a client's last block stays in training"
             raise DataError("data.client_test", f"a fraction of {self.client_test} leaves every client without a test example; {advice}")
+        if self.validation:
+            train, client_test = _divide_clients(train, dataset.blocks, self.validation, rng.fold(key, VALIDATION))
+            if not len(client_test.index):
+                raise DataError("data.validation", f"a fraction of {self.validation} leaves every client without an example; raise it")
+            y = dataset.train.y if split.y is None else split.y
+            test = Examples(dataset.train.x[client_test.index], y[client_test.index])
         return _resident(dataset, split, train, client_test, test, proxy)
 
     def _take_proxy(self, dataset: Dataset, key: rng.Key) -> tuple[Batch | None, np.ndarray, Examples]:

@@ -27,8 +27,8 @@ def evaluate(executor: Executor, problem: Problem, w: Params, count: int, batch:
 
 def evaluate_clients(
     executor: Executor, problem: Problem, models: Callable[[int], Params] | Params, data: Federation, batch: int
-) -> dict[str, Score]:
-    """Each client's loss and accuracy on its own test data, and their spread over clients.
+) -> tuple[dict[str, Score], dict[str, np.ndarray]]:
+    """The spread over clients of their loss and accuracy on their own test data, and each client's, `[N]`, NaN where it has no test data.
 
     `models` is the one model of all clients, or gives client i's.
     """
@@ -37,7 +37,7 @@ def evaluate_clients(
     counts = lists.sizes.astype(np.float64)  # [N]
     with np.errstate(invalid="ignore"):
         means = {name: values / counts for name, values in sums.items()}  # nan where a client has no test data
-    return {name: across_clients(values, counts) for name, values in means.items()}
+    return {name: across_clients(values, counts) for name, values in means.items()}, means
 
 
 def _shared(executor: Executor, w: Params, data: Federation, batch: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,129 @@
+"""F5. A run as a person starts it: with a display, trackers, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedsim.console import Bar, Display, Lines, Row, Silent, StudyLines, StudySilent, Verbose, terminal
+from fedsim.document import Document
+from fedsim.folder import Folder
+from fedsim.manifest import differences, manifest
+from fedsim.scenario import Scenario
+from fedsim.study import Plan
+from fedsim.trackers import tracked
+from fedsim.world import World, build
+
+INTERRUPTED = 130
+"""The exit code of what was interrupted and can go on."""
+
+
+def begin(scenario: Scenario, output: Path | None) -> tuple[World, Folder]:
+    """Build a scenario's world, and make its run folder."""
+    from fedsim import experiment
+
+    world = build(scenario)
+    folder = Folder.create(output or (Path(scenario.output.folder) if scenario.output.folder else None), scenario.name)
+    folder.lock()
+    experiment.start(scenario, world, folder)
+    return world, folder
+
+
+def take_up(scenario: Scenario, folder: Folder) -> World:
+    """Build the world of a run that is to be continued; warn of what has changed since."""
+    world = build(scenario)
+    folder.lock()
+    warn_of_changes(folder, scenario, world)
+    return world
+
+
+def warn_of_changes(folder: Folder, scenario: Scenario, world: World) -> None:
+    """Say on stderr what would make the rest of a run differ from its beginning. Raises if the data are not the same."""
+    for change in differences(folder.manifest(), manifest(scenario, world)):
+        print(f"warning: {change} since this run started; the last bits may differ", file=sys.stderr)
+
+
+def train(scenario: Scenario, world: World, folder: Folder, quiet: bool = False, verbose: bool = False) -> int:
+    """Train with a display. Returns the exit code. A first Ctrl-C finishes the round in hand, a second one does not."""
+    from fedsim import experiment
+
+    rounds = sum(stage.rounds for stage in scenario.stages())
+    display = _display(rounds, quiet, verbose)
+    row: Row = {}
+    try:
+        with interruptible("round") as interrupted, closing(experiment.train(scenario, world, folder)) as trained:
+            for row in tracked(trained, scenario, folder.path):
+                display.show(row)
+                if interrupted() and row["round"] < rounds:
+                    break
+    except KeyboardInterrupt:
+        print(f"\nDropped the round in hand. Go on with:\n  fedsim run --resume {folder.path}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        display.close()
+        folder.unlock()
+    if row.get("round", rounds) < rounds:
+        print(f"\nInterrupted after round {row['round']} of {rounds}. Go on with:\n  fedsim run --resume {folder.path}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def compare(plan: Plan, folder: Path, quiet: bool = False, verbose: bool = False) -> int:
+    """Run a study with a display. Returns the exit code: 0 also where cells failed. A first Ctrl-C finishes the round in hand."""
+    from fedsim.compare import compare as run_study
+
+    display = StudySilent() if quiet else StudyLines(terminal(), verbose)
+    interrupted_by = False
+    try:
+        with interruptible("round") as interrupted, closing(run_study(plan, folder)) as events:
+            for event in events:
+                display.show(event)
+                if interrupted_by := interrupted():
+                    break
+    except KeyboardInterrupt:
+        interrupted_by = True
+    finally:
+        display.close()
+    if interrupted_by:
+        print(f"\nInterrupted; finished cells and checkpoints are in {folder}. The same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _display(rounds: int, quiet: bool, verbose: bool) -> Display:
+    console = terminal()
+    if quiet:
+        return Silent()
+    if verbose:
+        return Verbose(console, rounds)
+    return (Bar if console.is_terminal else Lines)(console, rounds)
+
+
+@contextmanager
+def interruptible(what: str) -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come. The second one raises KeyboardInterrupt at once. `what` is in hand, and will be finished."""
+    came: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        came.append(signum)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+        print(f"\nFinishing the {what} in hand; press Ctrl-C again to drop it.", file=sys.stderr)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def explain(document: Document | None, error: Exception) -> str:
+    """An error in words, with the place in the document that it concerns."""
+    from fedsim.errors import ScenarioError
+
+    return document.explain(error) if document is not None and isinstance(error, ScenarioError) else str(error)
