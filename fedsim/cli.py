@@ -117,7 +117,7 @@ def _tell_run(folder: Folder, finished: bool, as_json: bool) -> None:
     rows = folder.rows()
     name = headline(rows[-1])
     if as_json:
-        _print_json({"folder": str(folder.path), "metric": name, "value": rows[-1].get(name), "last": rows[-1]})
+        _print_json({"folder": str(folder.path), "metric": name, "value": rows[-1].get(name) if name else None, "last": rows[-1]})
         return
     report(terminal(), rows)
     if finished:
@@ -152,14 +152,14 @@ def compare(
         folder = output or Path("runs") / "studies" / plan.study.study
         if code := session.compare(plan, folder, quiet or as_json, verbose):
             raise typer.Exit(code)
-        failed = _tell_study(folder, quiet, as_json)
+        failed = _tell_study(folder, as_json)
         if failed:
             raise typer.Exit(1)
 
 
-def _tell_study(folder: Path, quiet: bool, as_json: bool) -> int:
+def _tell_study(folder: Path, as_json: bool) -> int:
     """The result of a study, and its report. Returns how many cells failed."""
-    from fedsim.report import comparison, write_report
+    from fedsim.report import comparison, tables, write_report
     from fedsim.results import read_study
 
     results = read_study(folder)
@@ -169,7 +169,7 @@ def _tell_study(folder: Path, quiet: bool, as_json: bool) -> int:
     else:
         from fedsim.console import terminal
 
-        comparison.tell(terminal(), results)
+        tables.tell(terminal(), results)
         print(f"Report: {page}")
     return results.count("failed")
 

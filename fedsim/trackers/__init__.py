@@ -67,7 +67,7 @@ def tracked(rows: Iterable[Row], scenario: Scenario, folder: Path) -> Iterator[R
 def _find(name: str) -> Open:
     module, _, function = available()[name].partition(":")
     try:
-        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise FedsimError(f"output.trackers: {name} does not import: {error}") from error
 
