@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "fedsim", ""
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
+        port = self.server.server_address[1]  # type: ignore[index]
         if self.headers.get("Host") not in {f"{HERE}:{port}", f"localhost:{port}"}:  # a page elsewhere that names us otherwise
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this page is for the machine it runs on\n")
             return

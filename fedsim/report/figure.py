@@ -94,8 +94,8 @@ def rule(at: float, text: str) -> dict[str, Any]:
     shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at, "y1": at, "line": {"color": "@muted", "width": 1, "dash": "dash"}}
     note = {
         "xref": "paper",
-        "x": 1,
-        "xanchor": "right",
+        "x": 0.005,
+        "xanchor": "left",
         "y": at,
         "yanchor": "bottom",
         "text": text,

@@ -35,7 +35,8 @@ def participation(run: Run) -> Figure:
     note = f"{clients:,} clients. " + ("A cell stands for several clients or rounds: darker is more often. " if grouped else "")
     total = counts.sum()
     note += f"On average {total / max(rounds, 1):.1f} clients a round; a client took part {total / max(clients, 1):.1f} times."
-    trace: dict[str, Any] = {"type": "heatmap", "z": each.tolist(), "x": x, "y": y, "colorscale": "@heat", "zmin": 0, "zmax": 1}
+    trace: dict[str, Any] = {"type": "heatmap", "z": each.tolist(), "x": x, "y": y, "zmin": 0, "zmax": 1}
+    trace["colorscale"] = "@heat" if grouped else [[0, "@grid"], [1, "@c0"]]
     hover = "round %{x}<br>client %{y}<br>" + unit + " %{z:.2f}<extra></extra>"
     return _figure("Who took part", trace | {"showscale": grouped, "hovertemplate": hover}, clients, note)
 

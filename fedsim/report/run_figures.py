@@ -75,16 +75,11 @@ def fairness(run: Run) -> list[Figure]:
     last = next((row for row in reversed(run.scores) if any(v is not None for v in row.get("accuracy") or [])), None)
     if last is not None:
         values = [v for v in last["accuracy"] if v is not None]
-        size = 0.05
-        bins = {"start": 0, "end": 1 + size, "size": size}
-        bars = {
-            "type": "histogram",
-            "x": values,
-            "xbins": bins,
-            "marker": {"color": "@c0"},
-            "hovertemplate": "%{x}: %{y} clients<extra></extra>",
-        }
-        layout = {"xaxis": axis("accuracy on the client's own test data", range=[0, 1 + size]), "yaxis": axis("clients"), "bargap": 0.06}
+        counts, edges = np.histogram(values, bins=20, range=(0, 1))  # the last bin holds 1, too
+        middles = ((edges[:-1] + edges[1:]) / 2).tolist()
+        bars: Trace = {"type": "bar", "x": middles, "y": counts.tolist(), "width": 0.046, "marker": {"color": "@c0"}}
+        bars |= {"hovertemplate": "%{y} clients near %{x:.3f}<extra></extra>"}
+        layout = {"xaxis": axis("accuracy on the client's own test data", range=[0, 1]), "yaxis": axis("clients")}
         out.append(Figure(f"Clients after round {last['round']}", [bars], layout, f"{len(values)} clients have test data."))
         ordered = sorted(values)
         steps = [100 * (i + 1) / len(ordered) for i in range(len(ordered))]
@@ -154,5 +149,15 @@ def cohorts(run: Run) -> list[Figure]:
     names = [n for n in ("participants", "lost", "rejected") if n == "participants" or run.total(n)]
     traces = [line(*run.series(n), n, i) for i, n in enumerate(names) if run.names(n)]
     return (
-        [Figure("Clients in each round", traces, {"xaxis": axis("round"), "yaxis": axis("clients", rangemode="tozero")})] if traces else []
+        [
+            Figure(
+                "Clients in each round",
+                traces,
+                {"xaxis": axis("round"), "yaxis": axis("clients", rangemode="tozero")},
+                height=240,
+                wide=True,
+            )
+        ]
+        if traces
+        else []
     )

@@ -61,7 +61,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         )
     tiles.append(("traffic", traffic(run.total("bytes_down") + run.total("bytes_up")), "both ways"))
     if wall := sum(row["train"] + row["evaluate"] for row in run.timings):
-        tiles.append(("computing time", seconds(wall), f"of which {seconds(sum(row['evaluate'] for row in run.timings))} evaluation"))
+        share = sum(row["evaluate"] for row in run.timings) / wall
+        tiles.append(("computing time", seconds(wall), f"{share:.0%} of it evaluation"))
     return tiles
 
 

@@ -45,7 +45,7 @@ def differences(comparison: Comparison, setting: str) -> Figure | None:
     note = f"Seed by seed. {better.capitalize()} is better. Filled: p < 0.05 after correction; hollow: within the noise."
     layout = {
         "xaxis": axis(f"{name_of(comparison.results.metric)}, difference to {comparison.results.baseline}"),
-        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
+        "yaxis": _rows(len(lines)),
         "shapes": [zero],
     }
     return Figure(_in("Difference to " + comparison.results.baseline, setting), traces, layout, note, 130 + 44 * len(lines))
@@ -146,6 +146,11 @@ def _sweep(comparison: Comparison, field: str, rest: str, settings: list[str], v
     return Figure(_in(f"Over {short(field)}", rest), traces, layout, "Mean over seeds, bars: standard deviation.")
 
 
+def _rows(count: int) -> dict[str, Any]:
+    """An axis of names, the first on top."""
+    return {"range": [count - 0.5, -0.5], "automargin": True, "type": "category"}
+
+
 def _wide(x: list[float]) -> bool:
     """Whether values are better seen on a logarithmic axis."""
     return min(x) > 0 and max(x) / min(x) >= 10
@@ -178,8 +183,8 @@ def ranks(comparison: Comparison) -> list[Figure]:
     ]
     note = f"Over {len(names)} {what}; 1 is best. Bars that do not overlap differ (Nemenyi, 5 %)."
     note += f" Friedman's test: p = {p_value(p)}." if p is not None else ""
-    layout = {"xaxis": axis("mean rank", rangemode="normal"), "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"}}
-    out = [Figure("Ranks", dots, layout, note, 130 + 40 * len(labels))]
+    layout = {"xaxis": axis("mean rank", range=[0.7, len(labels) + 0.3], dtick=1), "yaxis": _rows(len(labels))}
+    out = [Figure("Mean ranks", dots, layout, note, 130 + 40 * len(labels))]
     if what == "settings":
         each = np.array([statistics.mean_ranks(row[None], comparison.higher) for row in scores])
         traces = [line(names, each[:, i].tolist(), label, i, mode="lines+markers") for i, label in enumerate(labels)]
@@ -219,7 +224,7 @@ def significance(comparison: Comparison, setting: str) -> Figure | None:
     }
     layout = {"xaxis": axis("", side="bottom", showgrid=False), "yaxis": axis("", autorange="reversed", automargin=True, showgrid=False)}
     note = "Row minus column, paired by seed; p-values Holm-corrected over all pairs; * is p < 0.05."
-    return Figure(_in("Every pair", setting), [trace], layout, note, 120 + 62 * len(labels))
+    return Figure(_in("Every two strategies", setting), [trace], layout, note, 120 + 62 * len(labels))
 
 
 def _in(title: str, setting: str) -> str:

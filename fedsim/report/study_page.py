@@ -10,7 +10,7 @@ from fedsim.report.comparison import Comparison, check_pairing
 from fedsim.report.figure import COLOURS, Figure
 from fedsim.report.formats import interval, name_of, number, p_value, signed
 from fedsim.report.page import Page, Section, Table
-from fedsim.report.tables import columns
+from fedsim.report.tables import cost, outcome
 from fedsim.results import StudyResults, higher_is_better
 
 MOST_SETTINGS = 12
@@ -26,7 +26,12 @@ def render(results: StudyResults) -> str:
         Section("Differences", figures=_present(figures.differences(comparison, s) for s in settings)),
         Section("Curves", figures=_present(figures.curves(comparison, s) for s in settings)),
         Section("Sweeps", figures=figures.sweeps(comparison)),
-        Section("What it costs", figures=[f for s in settings for f in figures.pareto(comparison, s)]),
+        Section(
+            "What it costs",
+            f"Means over seeds. The area under a curve is its mean height; {'higher' if comparison.higher else 'lower'} is faster.",
+            tables=[_costs(comparison, s) for s in results.settings if _any(comparison, s)],
+            figures=[f for s in settings for f in figures.pareto(comparison, s)],
+        ),
         Section("Ranks", figures=figures.ranks(comparison)),
         Section("Every pair", figures=_present(figures.significance(comparison, s) for s in settings[:4])),
         _tuning(results),
@@ -99,7 +104,7 @@ def _reading(results: StudyResults) -> str:
 
 def _table(comparison: Comparison, setting: str) -> Table:
     results = comparison.results
-    head, rows, bold = columns(comparison), [], set()
+    head, rows, bold = outcome(comparison), [], set()
     score = [h for h, _ in head].index(name_of(results.metric))
     lines = comparison.of(setting)
     for i, line in enumerate(lines):
@@ -117,6 +122,12 @@ def _table(comparison: Comparison, setting: str) -> Table:
         for row, line in zip(rows, lines, strict=True):
             row.insert(at, interval(line.versus.bootstrap) if line.versus else "-")
     return Table(names, rows, frozenset(bold), setting)
+
+
+def _costs(comparison: Comparison, setting: str) -> Table:
+    labels, head = comparison.results.labels, cost(comparison)
+    rows = [[f"@c{labels.index(line.label) % COLOURS} {line.label}", *(text(line) for _, text in head)] for line in comparison.of(setting)]
+    return Table(["strategy", *(h for h, _ in head)], rows, caption=setting)
 
 
 def _tuning(results: StudyResults) -> Section:

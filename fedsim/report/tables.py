@@ -20,8 +20,13 @@ NOTE = (
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """The columns that have something in them: heading, and the text of a line."""
-    base = comparison.results.baseline
+    """All columns that have something in them: heading, and the text of a line."""
+    return [*outcome(comparison), *cost(comparison)]
+
+
+def outcome(comparison: Comparison) -> list[Column]:
+    """What came out, and whether it is more than noise."""
+    base, target = comparison.results.baseline, comparison.results.study.get("target")
     out: list[Column] = [
         ("strategy", lambda line: line.label),
         ("seeds", lambda line: str(len(line.seeds))),
@@ -33,18 +38,22 @@ def columns(comparison: Comparison) -> list[Column]:
             ("95 % interval", lambda line: interval(line.versus.interval) if line.versus else "-"),
             ("p", lambda line: p_value(line.p)),
         ]
-    out.append(("area under curve", lambda line: number(line.area.mean if line.area else None)))
-    if comparison.has("target"):
-        target = comparison.results.study["target"]
-        out += [
-            (f"rounds to {target:g}", _rounds),
-            (f"bytes to {target:g}", lambda line: traffic(line.target.bytes if line.target else None)),
-        ]
+    if target is not None:
+        out.append((f"rounds to {target:g}", _rounds))
+    return out
+
+
+def cost(comparison: Comparison) -> list[Column]:
+    """How fast it came, what it cost, and whom it served worst; means over seeds."""
+    target = comparison.results.study.get("target")
+    out: list[Column] = [("area under curve", lambda line: number(line.area.mean if line.area else None))]
+    if target is not None:
+        out.append((f"bytes to {target:g}", lambda line: traffic(line.target.bytes if line.target else None)))
         if any(line.target and line.target.time is not None for line in comparison.lines):
             out.append((f"time to {target:g}", lambda line: seconds(line.target.time if line.target else None)))
-    out.append(("bytes", lambda line: traffic(line.bytes.mean if line.bytes else None)))
+    out.append(("bytes in all", lambda line: traffic(line.bytes.mean if line.bytes else None)))
     if comparison.has("time"):
-        out.append(("virtual time", lambda line: seconds(line.time.mean if line.time else None)))
+        out.append(("virtual time in all", lambda line: seconds(line.time.mean if line.time else None)))
     if comparison.has("worst"):
         out.append(("worst 10 % of clients", lambda line: number(line.worst.mean if line.worst else None)))
     if comparison.has("epsilon"):
@@ -180,11 +189,11 @@ def tell(console: Any, results: StudyResults) -> None:
     from fedsim.report.study_page import verdict
 
     comparison = Comparison(results)
-    head = columns(comparison)
+    head = outcome(comparison)  # the rest is on the page and in the files: a terminal is narrow
     for setting in results.settings:
         table = Grid(title=setting or None, title_justify="left", header_style="bold")
         for i, (heading, _) in enumerate(head):
-            table.add_column(heading, justify="left" if i == 0 else "right")
+            table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
         for line in comparison.of(setting):
             table.add_row(*(marked(h, text(line), line, comparison, lambda s: f"[bold]{s}[/bold]") for h, text in head))
         console.print(table, highlight=False)

@@ -58,6 +58,7 @@
         font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: variable("ink") },
         legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { size: 12 } },
         hoverlabel: { bgcolor: variable("raised"), bordercolor: variable("line"), font: { color: variable("ink"), size: 12 } },
+        modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("muted"), activecolor: variable("ink"), orientation: "v" },
         dragmode: narrow.matches ? false : "zoom",
       },
       given,
@@ -66,8 +67,8 @@
   }
 
   const config = {
-    responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover",
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" },
+    responsive: true, displaylogo: false, displayModeBar: !narrow.matches,
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]], toImageButtonOptions: { format: "svg" },
   };
   const plots = Array.from(document.querySelectorAll(".plot"));
 

@@ -45,7 +45,7 @@
       yaxis: axis(metrics.length === 1 ? (metrics[0] || "").replace(".", " ") : "score"), showlegend: true, uirevision: "kept",
       legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top" }, dragmode: narrow ? false : "zoom",
       hoverlabel: { bgcolor: variable("raised"), bordercolor: variable("line"), font: { color: variable("ink"), size: 12 }, namelength: 40 },
-    }, { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover" });
+    }, { responsive: true, displaylogo: false, displayModeBar: false });
   }
 
   function cell(row, text, kind) {
