@@ -41,6 +41,14 @@ def find(name: str) -> Path:
     raise InvalidScenario(f"{name}: {what}{did_you_mean(name, files)}; scenarios that come with fedsim: {', '.join(files)}")
 
 
+def find_scenario(name: str) -> Path:
+    """`find`, of a scenario that runs by itself."""
+    path = find(name)
+    if is_study(path):
+        raise InvalidScenario(f"{path}: a study, not a scenario; run it with: fedsim compare {name}")
+    return path
+
+
 def _files() -> dict[str, Path]:
     here = Path(__file__).parent
     root = here / "scenarios" if (here / "scenarios").is_dir() else here.parent / "scenarios"

@@ -90,7 +90,9 @@ def run(
             _fail("give either a SCENARIO to run, or --resume FOLDER", 2)
         if resume is not None and (set_ or output):
             _fail("--resume goes on with the scenario in the folder; --set and --output do not go with it", 2)
-        path = find(scenario) if scenario is not None else None
+        from fedsim.bundle import find_scenario
+
+        path = find_scenario(scenario) if scenario is not None else None
         from fedsim import session
         from fedsim.folder import Folder
         from fedsim.scenario import load
@@ -144,9 +146,12 @@ def compare(
 ) -> None:
     """Run a study: strategies x seeds x settings, paired; then write its report. Finished cells are kept."""
     with _explained(verbose=verbose):
+        from fedsim.bundle import find
+
         path = find(study)
         from fedsim import session
-        from fedsim.study import load_study, options
+        from fedsim.grid import load_study
+        from fedsim.study import options
 
         plan = load_study(path, options(strategies, seeds, over or [], baseline, target), tuple(set_ or ()))
         folder = output or Path("runs") / "studies" / plan.study.study
@@ -213,7 +218,9 @@ def show(
 ) -> None:
     """Print what would run: clients, skew of the partition, parameters, bytes and steps of a round."""
     with _explained():
-        path = find(scenario)
+        from fedsim.bundle import find_scenario
+
+        path = find_scenario(scenario)
         from fedsim import console, overview
         from fedsim.scenario import load
         from fedsim.world import build
@@ -253,12 +260,15 @@ def list_(kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=f"On
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of scenarios, for editors."""
+def schema(of: Annotated[str, typer.Argument(metavar="[scenario|study]", help="Of which kind of file.")] = "scenario") -> None:
+    """Print the JSON Schema of scenarios, or of studies, for editors."""
     with _explained():
+        if of not in {"scenario", "study"}:
+            _fail(f"there is no schema of '{of}'{did_you_mean(of, ['scenario', 'study'])}; there are: scenario, study", 2)
         from fedsim.scenario import schema as scenario_schema
+        from fedsim.study import study_schema
 
-        print(json.dumps(scenario_schema(), indent=2))
+        print(json.dumps(scenario_schema() if of == "scenario" else study_schema(), indent=2))
 
 
 @app.command()
@@ -267,13 +277,6 @@ def version() -> None:
     from fedsim import __version__
 
     print(__version__)
-
-
-def find(name: str) -> Path:
-    """The file of a scenario or study: a path, or the name of one that comes with fedsim."""
-    from fedsim.bundle import find
-
-    return find(name)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ from fedsim.document import parse, write
 from fedsim.errors import FedsimError
 from fedsim.experiment import Row, open_executor, start, train
 from fedsim.folder import Folder, write_file
+from fedsim.grid import Cell, Choices, Plan
 from fedsim.manifest import environment
 from fedsim.registry import dump
 from fedsim.results import higher_is_better, read_run
 from fedsim.scenario import Scenario, dump_scenario
 from fedsim.session import explain, warn_of_changes
 from fedsim.sim.executor import Executor
-from fedsim.study import Cell, Choices, Plan, setting_name, short
+from fedsim.sim.pool import Cluster
+from fedsim.study import setting_name, short
 from fedsim.trackers import tracked
 from fedsim.world import World, adapt, build, count_workers
 
@@ -172,12 +174,13 @@ class _Resident:
         self._world: World | None = None
         self._engine: Any = None
         self._executor: Executor | None = None
+        self._cluster = Cluster()
 
     def prepare(self, scenario: Scenario, later: list[Scenario]) -> tuple[World, Executor]:
         """World and executor for a scenario, the first of those to come, `later`."""
         key = _world_key(scenario)
         if key != self._key or self._world is None:
-            self.close()
+            self.drop()
             self._key, self._world = key, build(scenario)
         alike = sum(1 for other in later if _world_key(other) == key)
         world = adapt(self._world, scenario)
@@ -186,14 +189,19 @@ class _Resident:
         if self._executor is None or engine[1] != self._engine[1]:
             if self._executor is not None:
                 self._executor.close()
-            self._engine, self._executor = engine, open_executor(scenario, world)
+            self._engine, self._executor = engine, open_executor(scenario, world, self._cluster)
         return world, self._executor
 
-    def close(self) -> None:
-        """Give back workers and data."""
+    def drop(self) -> None:
+        """Give back workers and data; a Ray that was started stays."""
         if self._executor is not None:
             self._executor.close()
         self._executor = self._world = self._key = None
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.drop()
+        self._cluster.close()
 
 
 def _world_key(scenario: Scenario) -> Any:

@@ -30,7 +30,7 @@ from fedsim.scenario import Phase, Scenario, dump_scenario
 from fedsim.sim.cohort import Trainer
 from fedsim.sim.evaluate import evaluate, evaluate_clients
 from fedsim.sim.executor import Executor, Inline, Patience
-from fedsim.sim.pool import RayPool
+from fedsim.sim.pool import Cluster, RayPool
 from fedsim.sim.port import SimPort
 from fedsim.types import Batch
 from fedsim.world import World, count_workers
@@ -70,14 +70,14 @@ def train(scenario: Scenario, world: World, folder: Folder, executor: Executor |
         folder.close()
 
 
-def open_executor(scenario: Scenario, world: World) -> Executor:
-    """Workers, or this process, with the world's data resident. To be closed."""
+def open_executor(scenario: Scenario, world: World, cluster: Cluster | None = None) -> Executor:
+    """Workers, or this process, with the world's data resident. To be closed. A `cluster` stays for the next."""
     data, engine = world.data, scenario.engine
     trainer = Trainer(world.problem, data.x, data.y, data.train, world.mode, Batch(data.test_x, data.test_y))
     patience = Patience(engine.retries, engine.timeout, engine.on_failure == "lose")
     torch.set_num_threads(engine.threads)  # evaluation and aggregation, too: a threaded product may round differently
     if workers := count_workers(scenario, world):
-        return RayPool(trainer, workers, engine.threads, patience, engine.address)
+        return RayPool(trainer, workers, engine.threads, patience, engine.address, cluster)
     return Inline(trainer, engine.threads, patience)
 
 

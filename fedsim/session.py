@@ -12,9 +12,9 @@ from typing import Any
 from fedsim.console import Bar, Display, Lines, Row, Silent, StudyLines, StudySilent, Verbose, terminal
 from fedsim.document import Document
 from fedsim.folder import Folder
+from fedsim.grid import Plan
 from fedsim.manifest import differences, manifest
 from fedsim.scenario import Scenario
-from fedsim.study import Plan
 from fedsim.trackers import tracked
 from fedsim.world import World, build
 

@@ -1,4 +1,4 @@
-"""F5. A study: one question, asked of several strategies under several seeds and settings. From YAML to the scenario of each cell.
+"""F5. A study: one question, asked of several strategies under several seeds and settings. From YAML to one typed, frozen value.
 
     study: quick
     asks: Which strategy learns digits fastest when labels are skewed?
@@ -9,7 +9,7 @@
     seeds: 3
     over: {data.partition.alpha: [0.1, 1]}
 
-A study is validated like a scenario, and so is every cell of its grid, before anything starts.
+A study is validated like a scenario, and so is every cell of its grid (`fedsim.grid`), before anything starts.
 """
 
 from __future__ import annotations
@@ -17,20 +17,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import product
-from pathlib import Path
+from functools import cache
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import TypeAdapter, ValidationError
 
-from fedsim.bundle import find, is_study
-from fedsim.document import Document, InvalidScenario, Path_, parse, shown
-from fedsim.errors import ScenarioError, did_you_mean
-from fedsim.registry import fields_of, section
-from fedsim.scenario import Scenario, load_plugins, validate
-from fedsim.strategy import LocalProgram, Strategy
+from fedsim.document import Document, Path_, shown
+from fedsim.errors import did_you_mean
+from fedsim.registry import section
+from fedsim.scenario import load_plugins
 from fedsim.wording import explain
 
 Values = Annotated[tuple[Any, ...], MinLen(1)]
@@ -98,149 +94,6 @@ class Study:
         return self.baseline if self.baseline is not None else next(iter(self.strategies))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study.
-
-    Attributes:
-        label: of the strategy.
-        seed: of the run.
-        setting: values of the swept fields, by dotted path; when tuning, also of the tuned ones.
-        place: its run folder, relative to the study's.
-        scenario: what runs.
-        document: where the scenario's values come from, to explain errors.
-    """
-
-    label: str
-    seed: int
-    setting: dict[str, Any]
-    place: str
-    scenario: Scenario
-    document: Document
-
-
-Choices = dict[tuple[str, str], dict[str, Any]]
-"""What was tuned: of a strategy's label and the name of a setting, values by dotted path."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study with the documents it was read from."""
-
-    study: Study
-    document: Document
-    base: Document
-
-    def settings(self) -> list[dict[str, int]]:
-        """Every combination of the swept values, as positions in their lists."""
-        over = self.study.over
-        return [dict(zip(over, at, strict=True)) for at in product(*(range(len(v)) for v in over.values()))]
-
-    def cells(self, choices: Choices | None = None) -> list[Cell]:
-        """The grid, one seed after the other, so that neighbours share their data. Raises `InvalidScenario` with all that is wrong."""
-        grid = product(self.study.seed_list(), self.settings(), self.study.strategies)
-        return _all_valid([partial(self._cell, seed, setting, label, choices or {}) for seed, setting, label in grid])
-
-    def candidates(self, label: str, setting: dict[str, int]) -> list[Cell]:
-        """The runs that tune one strategy for one setting, under the first seed."""
-        tune = self.study.tune
-        if tune is None:
-            return []
-        places: dict[str, Path_] = {f: ("tune", "over", f) for f in tune.over}
-        places |= {f: ("tune", "only", label, f) for f in tune.only.get(label, {})}
-        trials = [dict(zip(places, at, strict=True)) for at in product(*(range(len(self._value(p))) for p in places.values()))]
-        return _all_valid([partial(self._candidate, label, setting, trial, places) for trial in trials])
-
-    def _cell(self, seed: int, setting: dict[str, int], label: str, choices: Choices) -> Cell:
-        document = self._document(seed, setting, label)
-        chosen = {path: self.study.over[path][at] for path, at in setting.items()}
-        for path, value in choices.get((label, setting_name(chosen)), {}).items():
-            document.place(tuple(path.split(".")), value, "tuned")
-        place = "/".join(part for part in (slug(setting_name(chosen)), label, f"seed-{seed}") if part)
-        return Cell(label, seed, chosen, place, validate(document), document)
-
-    def _candidate(self, label: str, setting: dict[str, int], trial: dict[str, int], places: dict[str, Path_]) -> Cell:
-        assert self.study.tune is not None
-        seed = self.study.seed_list()[0]
-        document = self._document(seed, setting, label)
-        for path, at in trial.items():
-            document.graft(tuple(path.split(".")), self.document, (*places[path], at))
-        document.place(("data", "validation"), self.study.tune.validation, "tune.validation")
-        if self.study.tune.rounds is not None:
-            document.place(("rounds",), self.study.tune.rounds, "tune.rounds")
-        base = {path: self.study.over[path][at] for path, at in setting.items()}
-        tried = {path: self._value((*places[path], at)) for path, at in trial.items()}
-        place = "/".join(part for part in ("tuning", slug(setting_name(base)), label, slug(setting_name(tried)) or "only") if part)
-        return Cell(label, seed, base | tried, place, validate(document), document)
-
-    def _value(self, path: Path_) -> Any:
-        value: Any = self.document.values
-        for part in path:
-            value = value[part]
-        return value
-
-    def _document(self, seed: int, setting: dict[str, int], label: str) -> Document:
-        """The scenario of a cell: the shared one, then `set`, the strategy, the setting, and what only this strategy has."""
-        document = self.base.copy()
-        study = self.document
-        for path in self.study.set:
-            document.graft(tuple(path.split(".")), study, ("set", path))
-        _put_strategy(document, study, label)
-        for path, at in setting.items():
-            document.graft(tuple(path.split(".")), study, ("over", path, at))
-        for path in self.study.only.get(label, {}):
-            document.graft(tuple(path.split(".")), study, ("only", label, path))
-        document.place(("name",), f"{self.study.study}-{label}", "the study's name and a label")
-        document.place(("seed",), seed, "seeds")
-        return document
-
-
-def _all_valid(makers: list[partial[Cell]]) -> list[Cell]:
-    cells, wrong = [], dict[str, None]()
-    for make in makers:
-        try:
-            cells.append(make())
-        except InvalidScenario as error:
-            wrong |= dict.fromkeys(str(error).splitlines())
-    if wrong:
-        raise InvalidScenario("\n".join(wrong))
-    return cells
-
-
-def _put_strategy(document: Document, study: Document, label: str) -> None:
-    """Let the document's strategy be the study's under `label`, with the client program of the one before where it says nothing else."""
-    before = document.values.get("strategy")
-    local = before.get("local") if isinstance(before, dict) else None
-    shared = {k: v for k, v in document.lines.items() if k[:2] == ("strategy", "local")}
-    document.graft(("strategy",), study, ("strategies", label))
-    strategy = document.values["strategy"]
-    if isinstance(strategy, str):
-        strategy = document.values["strategy"] = {"name": strategy}
-    if not isinstance(strategy, dict):
-        return
-    merged = _merge_program(strategy.get("local"), {"name": local} if isinstance(local, str) else local, str(strategy.get("name")))
-    if merged is not None:
-        strategy["local"] = merged
-        for path, place in shared.items():
-            document.lines.setdefault(path, place)
-
-
-def _merge_program(own: Any, shared: Any, strategy: str) -> Any:
-    """A strategy's client program: its own fields, the shared ones that this program has too, and the name of a program that fits."""
-    cls = Strategy.choices.get(strategy)
-    if not isinstance(shared, dict) or not isinstance(own, (dict, str, type(None))) or cls is None or "local" not in fields_of(cls):
-        return own
-    own = {"name": own} if isinstance(own, str) else own or {}
-    name = own.get("name") or shared.get("name")
-    program = LocalProgram.choices.get(str(name))
-    if "name" not in own and program is not None and program.receives is not cls.sends:  # type: ignore[attr-defined]
-        default = cls.__dataclass_fields__["local"].default  # type: ignore[attr-defined]
-        name = getattr(type(default), "registered_name", name)
-        program = LocalProgram.choices.get(str(name))
-    kept = {k: v for k, v in shared.items() if program is None or k in fields_of(program)}
-    return {"name": name} | {k: v for k, v in kept.items() if k != "name"} | {k: v for k, v in own.items() if k != "name"}
-
-
 def setting_name(setting: dict[str, Any]) -> str:
     """A setting in a few words: `partition.alpha=0.1, rates.mean=0.5`; empty without one."""
     return ", ".join(f"{short(path)}={shown(value)}" for path, value in setting.items())
@@ -263,36 +116,8 @@ def adapter() -> TypeAdapter[Study]:
     return TypeAdapter(Study)
 
 
-def load_study(path: Path, options: dict[str, str] | None = None, assignments: tuple[str, ...] = ()) -> Plan:
-    """Read and validate a study and every cell of its grid.
-
-    `path` may also be a scenario, if `options` say which strategies to compare. `options` are fields of the study as YAML, from the command
-    line; `assignments` (`section.field=value`) are added to its `set`. Raises `InvalidScenario` with all that is wrong.
-    """
-    options = options or {}
-    if is_study(path):
-        document = parse(path)
-    elif "strategies" in options:
-        document = Document(str(path), {"study": path.stem, "asks": "Which of these strategies does better here?", "scenario": str(path)})
-    else:
-        raise InvalidScenario(f"{path}: a scenario, not a study (no field `study`); say what to compare: --strategies fedavg,fedprox")
-    for name, text in options.items():
-        document.set(f"{name}={text}", f"--{name}")
-    for assignment in assignments:
-        field_, equals, text = assignment.partition("=")
-        given = Document(document.path, {})
-        given.set(f"value={text}" if equals and field_ else assignment, f"--set {assignment}")
-        given.refuse({})
-        document.graft(("set", field_.strip()), given, ("value",))
-    study = _validate_study(document)
-    plan = Plan(study, document, _base(study, document, path))
-    plan.cells()
-    for label, setting in product(study.strategies, plan.settings()):
-        plan.candidates(label, setting)
-    return plan
-
-
-def _validate_study(document: Document) -> Study:
+def validate_study(document: Document) -> Study:
+    """The study in a document. Raises `InvalidScenario` with all that is wrong with its own fields; its cells say the rest."""
     problems: dict[Path_, str] = {}
     try:
         study = adapter().validate_json(json.dumps(document.values), strict=True)
@@ -332,23 +157,6 @@ def _faults(study: Study) -> list[tuple[Path_, str]]:
 
 def _no_label(label: str, study: Study) -> str:
     return f"there is no strategy {shown(label)}{did_you_mean(label, study.strategies)}; there are: {', '.join(study.strategies)}"
-
-
-def _base(study: Study, document: Document, path: Path) -> Document:
-    """The document of what all cells share."""
-    if isinstance(study.scenario, dict):
-        base = Document(document.path, {})
-        for name in study.scenario:
-            base.graft((name,), document, ("scenario", name))
-        return base
-    beside = path.parent / study.scenario
-    try:
-        found = beside if beside.is_file() else find(study.scenario)
-    except InvalidScenario as error:
-        raise InvalidScenario(document.explain(ScenarioError("scenario", str(error)))) from None
-    if is_study(found):
-        raise InvalidScenario(document.explain(ScenarioError("scenario", f"{found} is a study itself; name a scenario")))
-    return parse(found)
 
 
 def options(strategies: str | None, seeds: str | None, over: list[str], baseline: str | None, target: str | None) -> dict[str, str]:

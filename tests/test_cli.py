@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from fedsim import __version__
-from fedsim.cli import KINDS, app, bundled
+from fedsim.cli import KINDS, app
 from fedsim.overview import catalogue
 
 FAST = ("--set", "rounds=3", "--set", "evaluate.every=2", "--set", "output.checkpoint=2")
@@ -55,7 +55,7 @@ def test_help_takes_half_a_second() -> None:
         seconds.append(time.perf_counter() - begin)
         assert done.returncode == 0
         assert done.stderr == ""
-        assert all(command in done.stdout for command in ("run", "show", "list", "schema", "version"))
+        assert all(command in done.stdout for command in ("run", "compare", "report", "watch", "show", "list", "schema", "version"))
     assert min(seconds) < 0.5
 
 
@@ -110,7 +110,7 @@ def test_list_prints_every_name_with_a_line(kind: str) -> None:
     result = fedsim("list", kind)
     assert result.exit_code == 0
     printed = dict(re.fullmatch(r"  (\S+) +(\S.*)", line).groups() for line in result.stdout.splitlines())  # type: ignore[union-attr]
-    assert printed == dict(catalogue(kind, bundled()))
+    assert printed == dict(catalogue(kind))
     assert printed
     assert all(len(line) > 10 for line in printed.values())
 
@@ -176,10 +176,12 @@ def test_a_run_leaves_a_complete_folder(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
+        "clients.jsonl",
         "manifest.json",
         "metrics.jsonl",
         "model.safetensors",
         "scenario.yaml",
+        "scores.jsonl",
         "timings.jsonl",
     ]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

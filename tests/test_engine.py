@@ -16,7 +16,7 @@ from ray import cloudpickle
 from safetensors.torch import load_file
 
 from fedsim import experiment, rng
-from fedsim.cli import find
+from fedsim.bundle import find
 from fedsim.engine import Sync, run
 from fedsim.errors import ClientError, FedsimError
 from fedsim.folder import Folder

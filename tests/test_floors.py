@@ -12,9 +12,10 @@ FLOORS = [
     {"errors", "params", "registry", "rng", "tree", "types"},
     {"problem", "strategy", "local", "privacy"},
     {"engine"},
-    {"data", "models", "fleet", "metrics"},
+    {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "flower", "audit"},
-    {"document", "scenario", "world", "manifest", "experiment", "folder", "console", "overview", "compare", "report"},
+    {"document", "scenario", "world", "manifest", "experiment", "folder", "console", "overview"}
+    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers"},
     {"cli"},
 ]
 ONE_ROOM = {0, 1, 5}

@@ -89,6 +89,29 @@ class _Running:
     failures: int
 
 
+class Cluster:
+    """A Ray that several pools use, one after the other. It starts with the first of them, and ends with `close`."""
+
+    def __init__(self) -> None:
+        self._ray: Any = None
+        self._folder: str | None = None
+
+    def start(self, cpus: int, data_bytes: int, address: str | None) -> Any:
+        """The `ray` module, connected. A Ray of our own has the size that the first pool asks for."""
+        if self._ray is None:
+            self._folder = None if address else tempfile.mkdtemp(prefix="fedsim-ray-")
+            self._ray = _start_ray(cpus, data_bytes, address, self._folder)
+        return self._ray
+
+    def close(self) -> None:
+        """Disconnect; a Ray of our own ends."""
+        if self._ray is not None:
+            self._ray.shutdown()
+            self._ray = None
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
 class RayPool(Executor):
     """Runs items on `workers` Ray actors. Data are put in the object store once, what is shared once a call; the first items start first.
 
@@ -100,14 +123,24 @@ class RayPool(Executor):
         threads: of each.
         patience: with workers that fail.
         address: of a Ray cluster to join, or None for a Ray of our own on this machine.
+        cluster: a Ray to share with later pools, which outlives this one; None for one that ends with it.
     """
 
-    def __init__(self, trainer: Trainer, workers: int, threads: int = 1, patience: Patience = PATIENT, address: str | None = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        workers: int,
+        threads: int = 1,
+        patience: Patience = PATIENT,
+        address: str | None = None,
+        cluster: Cluster | None = None,
+    ):
         data = [trainer.x, trainer.y, *((trainer.test.x, trainer.test.y) if trainer.test else ())]
         self.mode = trainer.mode
         self._patience = patience
-        self._folder: str | None = None if address else tempfile.mkdtemp(prefix="fedsim-ray-")
-        ray = self._ray = _start_ray(workers * threads, sum(part.nbytes for part in data), address, self._folder)
+        self._cluster = cluster or Cluster()
+        self._alone = cluster is None
+        ray = self._ray = self._cluster.start(workers * threads, sum(part.nbytes for part in data), address)
         self._device = device = str(trainer.x.device.type)
         share = torch.cuda.device_count() / workers if device == "cuda" and not address else 0
         self._actor = ray.remote(num_cpus=threads, num_gpus=share)(Worker)
@@ -184,9 +217,8 @@ class RayPool(Executor):
     def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor, no_restart=True)
-        self._ray.shutdown()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._alone:
+            self._cluster.close()
 
 
 def _with_data(trainer: Trainer, data: list[Tensor]) -> Trainer:
