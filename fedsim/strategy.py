@@ -25,6 +25,7 @@ A complete strategy:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -60,6 +61,19 @@ class ModelState:
     w: Params
 
 
+@dataclass(frozen=True)
+class Descent:
+    """Constants of a program whose step is nothing but this, on a carry that is a `fedsim.local.Learner`:
+
+    v = momentum * v + grad f(w; batch) + decay * w + proximal * (w - w_received) ;  w = w - rate * v
+    """
+
+    rate: float
+    momentum: float = 0.0
+    decay: float = 0.0
+    proximal: float = 0.0
+
+
 class LocalProgram(Kind, ABC):
     """What a client does, written for ONE client: there is no C axis in here. The platform owns the loop over steps and clients.
 
@@ -93,6 +107,10 @@ class LocalProgram(Kind, ABC):
     def draws(self, problem: Problem, batch: int) -> dict[str, Draw]:
         """Random numbers that one step needs, by name. Default: what the network needs (dropout)."""
         return problem.draws(batch)
+
+    def descent(self, problem: Problem) -> Descent | None:
+        """The constants of `step` where it is plain gradient descent: the platform then does the same in place, several times faster."""
+        return None
 
 
 class Strategy(Kind, ABC):

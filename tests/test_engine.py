@@ -119,7 +119,7 @@ def test_a_worker_that_hangs_is_replaced_and_changes_nothing(tmp_path):
     scenario = quickstart(*DENSE)
     world = build(scenario)
     expected = list(states(world, Inline(trainer_of(world)), 2, scenario.strategy))[-1].state
-    pool = RayPool(trainer_of(world), workers=2, patience=Patience(timeout=4))
+    pool = RayPool(trainer_of(world), workers=2, patience=Patience(timeout=8))
     try:
         sleepy = replace(scenario.strategy, local=Sleepy(**vars(scenario.strategy.local), woken=str(tmp_path / "woken")))
         before = set(pool.pids)
