@@ -174,7 +174,7 @@ class Trainer:
         """The reply of client `c` alone."""
         rule = program.descent(problem)
         if rule and self._chain:
-            return rows(self._stack(problem, program, message, tree_map(lambda leaf: leaf[None], memory), [f.one(c) for f in feeds]), 0)
+            return rows(self._stack(problem, program, message, tree_map(lambda leaf: leaf[None], memory), [f.part(slice(c, c + 1)) for f in feeds]), 0)
         carry = program.begin(problem, message, memory)
         for name, feed in zip(program.passes, feeds, strict=True):
             carry = descend_alone(rule, carry, feed, c) if rule else single_pass(carry, feed, c, name)
