@@ -28,6 +28,14 @@ class Task(ABC):
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Loss of each example: `[B, ...], [B, ...] -> [B]`."""
 
+    def slope(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each example `[B]`, and its derivative in the output `[B, ...]`."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            each = self.loss(leaf, y)
+            (d,) = torch.autograd.grad(each, leaf, torch.ones_like(each))
+        return each.detach(), d
+
 
 @dataclass(frozen=True)
 class Classification(Task):
@@ -38,6 +46,11 @@ class Classification(Task):
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(output, y, reduction="none")
+
+    def slope(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`softmax(output) - onehot(y)`, written out because it runs in every step."""
+        logp, place = output.log_softmax(1), y[:, None]
+        return -logp.gather(1, place)[:, 0], logp.exp().scatter_add_(1, place, logp.new_full((), -1.0).expand(place.shape))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from fedsim.types import Draws
 
 Tensors = dict[str, Tensor]
 
-Move = Callable[[str, Tensor, Tensor], None]
-"""Take a step along the gradient of a stacked parameter, given as a product of two stacks: `move(name, a, b)` for `a @ b`."""
+Move = Callable[[str, Tensor, Tensor | None], None]
+"""Take a step along the gradient of a stacked parameter: `move(name, a, b)` along the product `a @ b`, or along `a` where `b` is None."""
 
 
 class Link(ABC):
@@ -49,10 +49,9 @@ class Dense(Link):
 
     def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
         below = d if first else torch.bmm(d, w[self.weight])  # before the weight moves
-        transposed = d.transpose(1, 2)  # [C, out, B]
-        move(self.weight, transposed, x)
+        move(self.weight, d.transpose(1, 2), x)  # [C, out, B] @ [C, B, in]
         if self.bias is not None:
-            move(self.bias, transposed, x.new_ones(()).expand(len(x), x.shape[1], 1))
+            move(self.bias, d.sum(1), None)
         return below
 
 

@@ -174,7 +174,8 @@ class Trainer:
         """The reply of client `c` alone."""
         rule = program.descent(problem)
         if rule and self._chain:
-            return rows(self._stack(problem, program, message, tree_map(lambda leaf: leaf[None], memory), [f.part(slice(c, c + 1)) for f in feeds]), 0)
+            alone, stack = [feed.part(slice(c, c + 1)) for feed in feeds], tree_map(lambda leaf: leaf[None], memory)
+            return rows(self._stack(problem, program, message, stack, alone), 0)
         carry = program.begin(problem, message, memory)
         for name, feed in zip(program.passes, feeds, strict=True):
             carry = descend_alone(rule, carry, feed, c) if rule else single_pass(carry, feed, c, name)
@@ -187,12 +188,11 @@ def stacked_pass(carry: Any, feed: Feed, name: str) -> Any:
     run = torch.vmap(lambda carry, batch, draws: program.step(problem, carry, batch, draws, name))
     finished = []
     running = len(feed.keys)
-    for s in range(feed.steps):
-        active = feed.active(s)
+    for s, active in enumerate(feed.active):
         if active < running:
             finished.append(rows(carry, slice(active, running)))
             carry, running = rows(carry, slice(0, active)), active
-        carry = run(carry, feed.batch(active, s), feed.draws(active, s))
+        carry = run(carry, feed.batch(s), feed.draws(s))
     return concat([carry, *reversed(finished)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,31 +37,39 @@ class Feed:
     work: Work
     keys: rng.Keys
 
-    @property
-    def steps(self) -> int:
-        """Steps of the client that has most."""
-        return self.work.index.shape[1]
+    @cached_property
+    def active(self) -> list[int]:
+        """How many clients, the first ones, run each step."""
+        return [int((self.work.steps > s).sum()) for s in range(self.work.index.shape[1])]
 
-    def active(self, s: int) -> int:
-        """How many clients, the first ones, run step `s`."""
-        return int((self.work.steps > s).sum())
+    @cached_property
+    def _places(self) -> Tensor:
+        return torch.from_numpy(self.work.index.swapaxes(0, 1).copy()).to(self.x.device)  # [S, C, B]
 
-    def batch(self, active: int, s: int) -> Batch:
-        """The examples of step `s` of the first `active` clients: `[active, B, ...]`."""
-        index = self.work.index[:active, s]
-        mask = torch.from_numpy(self.work.mask[:active, s]).to(self.x.device, self.problem.version.dtype)
-        x, y = self._gather(torch.from_numpy(index).flatten())
-        return Batch(x.view(*index.shape, *x.shape[1:]), y.view(*index.shape, *y.shape[1:]), mask)
+    @cached_property
+    def _mask(self) -> Tensor:
+        mask = torch.from_numpy(self.work.mask.swapaxes(0, 1).copy())
+        return mask.to(self.x.device, self.problem.version.dtype)  # [S, C, B]
 
-    def draws(self, active: int, s: int) -> Draws:
-        """What step `s` of the first `active` clients draws: `{name: [active, ...]}`."""
-        return self._draw(self.keys[:active], s, self.work.index.shape[2])
+    @cached_property
+    def _widths(self) -> np.ndarray:
+        return self.work.mask.sum(2).astype(np.int64)  # [C, S]
+
+    def batch(self, s: int) -> Batch:
+        """The examples of step `s` of the clients that run it: `[active, B, ...]`."""
+        places = self._places[s, : self.active[s]]
+        x, y = self._gather(places.reshape(-1))
+        return Batch(x.view(*places.shape, *x.shape[1:]), y.view(*places.shape, *y.shape[1:]), self._mask[s, : self.active[s]])
+
+    def draws(self, s: int) -> Draws:
+        """What step `s` draws for the clients that run it: `{name: [active, ...]}`."""
+        return self._draw(self.keys[: self.active[s]], s, self.work.index.shape[2])
 
     def single(self, c: int, s: int) -> tuple[Batch, Draws]:
         """Step `s` of client `c` alone, who needs no padding: `[B, ...]`."""
-        width = int(self.work.mask[c, s].sum())
+        width = int(self._widths[c, s])
         draws = self._draw(self.keys[c : c + 1], s, width)
-        return Batch(*self._gather(torch.from_numpy(self.work.index[c, s, :width]))), rows(draws, 0) if draws else draws
+        return Batch(*self._gather(self._places[s, c, :width])), rows(draws, 0) if draws else draws
 
     def part(self, own: slice) -> Feed:
         """The pass of some neighbours alone."""
@@ -69,12 +78,13 @@ class Feed:
         return Feed(self.program, self.problem, self.x, self.y, alone, self.keys[own])
 
     def _gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        places = places.to(self.x.device)  # a plain row gather is faster than indexing by a matrix
+        # A plain row gather is faster than indexing by a matrix.
         return self.x.index_select(0, places), self.y.index_select(0, places)
 
     def _draw(self, keys: rng.Keys, s: int, batch: int) -> Draws:
+        wanted = self.program.draws(self.problem, batch)
         out = {}
-        for j, (name, draw) in enumerate(sorted(self.program.draws(self.problem, batch).items())):
+        for j, (name, draw) in enumerate(sorted(wanted.items())):
             step_keys = rng.fold_each(rng.fold_each(keys, np.array([s])), np.array([j]))
             out[name] = torch.from_numpy(_SOURCES[draw.kind](step_keys, draw.shape)).to(self.x.device)
         return out
