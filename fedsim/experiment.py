@@ -26,13 +26,11 @@ from fedsim.metrics import mean
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.scenario import Phase, Scenario, dump_scenario
-from fedsim.sim.cohort import Trainer
 from fedsim.sim.evaluate import evaluate, evaluate_clients
 from fedsim.sim.executor import Executor, Inline, Patience
 from fedsim.sim.pool import RayPool
 from fedsim.sim.port import SimPort
-from fedsim.types import Batch
-from fedsim.world import World, count_workers
+from fedsim.world import World
 
 Row = dict[str, Any]
 
@@ -57,12 +55,11 @@ def train(scenario: Scenario, world: World, folder: Folder) -> Generator[Row, No
 
 
 def _executor(scenario: Scenario, world: World) -> Executor:
-    data, engine = world.data, scenario.engine
-    trainer = Trainer(world.problem, data.x, data.y, data.train, world.mode, Batch(data.test_x, data.test_y))
+    engine, trainer = scenario.engine, world.trainer(scenario.engine.compile)
     patience = Patience(engine.retries, engine.timeout, engine.on_failure == "lose")
     torch.set_num_threads(engine.threads)  # evaluation and aggregation, too: a threaded product may round differently
-    if workers := count_workers(scenario, world):
-        return RayPool(trainer, workers, engine.threads, patience, engine.address)
+    if world.workers:
+        return RayPool(trainer, world.workers, engine.threads, patience, engine.address)
     return Inline(trainer, engine.threads, patience)
 
 

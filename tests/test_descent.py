@@ -9,12 +9,14 @@ from torch import nn
 
 from fedsim import rng
 from fedsim.data import Lists
+from fedsim.errors import ClientError
 from fedsim.local import Exponential, Sgd
 from fedsim.models import chain_of
 from fedsim.models.dropout import Dropout
 from fedsim.params import Params
 from fedsim.problem import Classification, MultiLabel, Network, Problem, Regression, Task
 from fedsim.sim.cohort import Chunk, Trainer
+from fedsim.sim.footprint import footprint
 from fedsim.tree import tree_leaves
 from fedsim.types import Draw
 
@@ -126,3 +128,48 @@ def test_a_program_with_a_step_of_its_own_or_more_than_descent_is_stepped():
 
     for program in (Own(), replace(Sgd(), clip=1.0), replace(Sgd(), momentum=0.5, nesterov=True)):
         assert program.descent(trainer.problem) is None
+
+
+def test_a_compiled_step_equals_the_step():
+    program = PROGRAMS["all"]
+    trainer, w = trainer_of("dropout", "vmap", Classification(3))
+    compiled = replace(trainer, compile=True)
+    for version in (4, 7):  # the second without compiling again
+        chunk = Chunk(IDS, version, rng.fold(9), {}, None)
+        fast, slow = compiled.train((program, w), chunk), trainer.train((Stepwise(**vars(program)), w), chunk)
+        assert (fast.examples, len(fast.accepted)) == (slow.examples, 5)
+        for a, b in zip(tree_leaves(fast.payload), tree_leaves(slow.payload), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert len(compiled._compiled) == 1
+
+
+def test_a_stack_that_a_gpu_has_no_memory_for_is_cut_with_the_same_sums(monkeypatch):
+    whole = Trainer._stack
+
+    def small(self, problem, program, message, memory, feeds):
+        if len(feeds[0].keys) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(self, problem, program, message, memory, feeds)
+
+    trainer, w = trainer_of("chain", "vmap", Classification(3))
+    job, weight = (PROGRAMS["all"], w), torch.tensor([3.0, 1, 2, 4, 5], dtype=torch.float64)
+    chunk = Chunk(IDS, 4, rng.fold(9), {}, weight)
+    expected = trainer.train(job, chunk)
+    monkeypatch.setattr(Trainer, "_stack", small)
+    cut = trainer.train(job, chunk)
+    assert (expected.parts, cut.parts) == (1, 3)
+    assert cut.metrics == expected.metrics
+    for a, b in zip(tree_leaves(cut.total), tree_leaves(expected.total), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    monkeypatch.setattr(Trainer, "_stack", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(ClientError, match="OutOfMemoryError"):
+        trainer.train(job, chunk)
+
+
+def test_the_footprint_of_a_chunk_is_what_its_stack_needs():
+    trainer, w = trainer_of("chain", "vmap", Classification(3))
+    model = sum(leaf.nbytes for leaf in tree_leaves(w))
+    chunks = [Chunk(ids, 0, 1, {}, None) for ids in (IDS[:1], IDS)]
+    one, five = (footprint(trainer, PROGRAMS["plain"], w, chunk) for chunk in chunks)
+    assert one > 2 * model  # the copy that moves, and the change
+    assert five > 2.5 * one

@@ -27,6 +27,7 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.sim.descent import descend, descend_alone
 from fedsim.sim.feed import Feed
+from fedsim.sim.steps import CompiledSteps, compiled_pass, single_pass, stacked_pass
 from fedsim.strategy import LocalProgram
 from fedsim.tree import add, concat, finite, nbytes, record, rows, stack, tree_map, weighted_sum
 from fedsim.types import Batch, Metrics, Reply, Total, add_metrics
@@ -82,6 +83,7 @@ class ChunkReply:
         metrics: summed over the accepted clients, `{name: (sum, weight)}`.
         examples: training examples processed by all clients of the chunk.
         payload_bytes: what one client's payload weighs.
+        parts: into how many parts the stack was cut for want of memory; 1 = it was not.
     """
 
     accepted: np.ndarray
@@ -91,6 +93,7 @@ class ChunkReply:
     metrics: Metrics
     examples: int
     payload_bytes: int
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Trainer:
         lists: which of them belong to which client.
         mode: how chunks are executed.
         test: the server's test examples, or None where nothing is evaluated.
+        compile: compile every program's step.
     """
 
     problem: Problem
@@ -110,6 +114,15 @@ class Trainer:
     lists: Lists
     mode: Mode
     test: Batch | None = None
+    compile: bool = False
+
+    @cached_property
+    def _chain(self) -> tuple[Link, ...] | None:
+        return chain_of(self.problem.network.module, self.x.shape[1:])
+
+    @cached_property
+    def _compiled(self) -> CompiledSteps:
+        return {}
 
     def freeze(self, frozen: Params | None) -> Trainer:
         """The same trainer, whose programs see `frozen` as the model of an earlier phase."""
@@ -128,14 +141,10 @@ class Trainer:
         with torch.no_grad():
             return per_example(self.problem.task, self.problem.output(w, self.x[places]), self.y[places])
 
-    @cached_property
-    def _chain(self) -> tuple[Link, ...] | None:
-        return chain_of(self.problem.network.module, self.x.shape[1:])
-
     def train(self, job: tuple[LocalProgram, Any], chunk: Chunk) -> ChunkReply:
         """Run a program on a message for every client of the chunk. One that raises is a `ClientError`: program, round and clients."""
         program, message = job
-        problem = replace(self.problem.at(chunk.version), taped=self.mode == "loop")
+        problem = replace(self.problem.at(chunk.version), taped=self.mode == "loop" and not self.compile)
         chunk = replace(chunk, memory=tree_map(lambda leaf: leaf.to(self.x.device), chunk.memory))
         feeds = [self._feed(problem, program, chunk, p) for p in range(len(program.passes))]
         execute = self._one_by_one if self.mode == "loop" else self._stacked
@@ -152,7 +161,24 @@ class Trainer:
         return Feed(program, problem, self.x, self.y, work, _pass_keys(chunk, p, rng.CLIENT))
 
     def _stacked(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
-        return _sum_up(self._stack(problem, program, message, chunk.memory, feeds), chunk, feeds)
+        reply, parts = self._stack_in_parts(problem, program, message, chunk.memory, feeds)
+        return replace(_sum_up(reply, chunk, feeds), parts=parts)
+
+    def _stack_in_parts(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed]) -> tuple[Reply, int]:
+        """The replies of a stack, which is halved as often as a GPU's memory asks for, and into how many parts.
+
+        Rows stay where they are, so what is summed afterwards, and in which order, does not change.
+        """
+        try:
+            return self._stack(problem, program, message, memory, feeds), 1
+        except torch.OutOfMemoryError:
+            count = len(feeds[0].keys)
+            if count == 1:
+                raise
+        torch.cuda.empty_cache()
+        halves = [slice(0, count // 2), slice(count // 2, count)]
+        done = [self._stack_in_parts(problem, program, message, rows(memory, h), [f.part(h) for f in feeds]) for h in halves]
+        return concat([reply for reply, _ in done]), sum(parts for _, parts in done)
 
     def _stack(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed]) -> Reply:
         """The replies of clients that run as one stacked program."""
@@ -160,7 +186,10 @@ class Trainer:
         carry = torch.vmap(lambda memory, _: program.begin(problem, message, memory))(memory, n)
         rule = program.descent(problem)
         for name, feed in zip(program.passes, feeds, strict=True):
-            carry = descend(rule, carry, feed, self._chain) if rule else stacked_pass(carry, feed, name)
+            if self.compile:
+                carry = compiled_pass(self._compiled, carry, feed, name)
+            else:
+                carry = descend(rule, carry, feed, self._chain) if rule else stacked_pass(carry, feed, name)
         return torch.vmap(lambda carry, n: program.finish(problem, message, carry, n))(carry, n)
 
     def _one_by_one(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
@@ -173,7 +202,7 @@ class Trainer:
     def _single(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed], c: int) -> Reply:
         """The reply of client `c` alone."""
         rule = program.descent(problem)
-        if rule and self._chain:
+        if self.compile or (rule and self._chain):
             alone, stack = [feed.part(slice(c, c + 1)) for feed in feeds], tree_map(lambda leaf: leaf[None], memory)
             return rows(self._stack(problem, program, message, stack, alone), 0)
         carry = program.begin(problem, message, memory)
@@ -182,31 +211,16 @@ class Trainer:
         return program.finish(problem, message, carry, torch.tensor(feeds[0].work.n[c], device=self.x.device))
 
 
-def stacked_pass(carry: Any, feed: Feed, name: str) -> Any:
-    """All steps of one pass of a stack of clients. Those that have no step left are set aside: a padded step is never run."""
-    program, problem = feed.program, feed.problem
-    run = torch.vmap(lambda carry, batch, draws: program.step(problem, carry, batch, draws, name))
-    finished = []
-    running = len(feed.keys)
-    for s, active in enumerate(feed.active):
-        if active < running:
-            finished.append(rows(carry, slice(active, running)))
-            carry, running = rows(carry, slice(0, active)), active
-        carry = run(carry, feed.batch(s), feed.draws(s))
-    return concat([carry, *reversed(finished)])
-
-
-def single_pass(carry: Any, feed: Feed, c: int, name: str) -> Any:
-    """All steps of one pass of client `c` alone."""
-    for s in range(int(feed.work.steps[c])):
-        batch, draws = feed.single(c, s)
-        carry = feed.program.step(feed.problem, carry, batch, draws, name)
-    return carry
-
-
 def _channels_last(leaf: Any) -> Any:
-    """A convolution's weights in the layout that is faster on a CPU, and carries over to everything computed with them."""
-    return leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf
+    """A convolution's weights in the layout that is faster on a CPU (pooling most of all), and carries over to what is computed with them.
+
+    `contiguous(memory_format=...)` would leave weights of a single input channel as they are.
+    """
+    if not isinstance(leaf, Tensor) or leaf.ndim != 4:
+        return leaf
+    _, channels, height, width = leaf.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
 class _Replies:

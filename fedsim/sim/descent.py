@@ -157,7 +157,7 @@ def _by_chain(problem: Problem, chain: tuple[Link, ...]) -> Step:
         for link in chain:
             values.append(link.forward(mover.w, values[-1], draws))
         each, slope = problem.task.slope(values[-1].flatten(0, 1), batch.y.flatten(0, 1))  # [C * B], [C * B, K]
-        d = slope.view(values[-1].shape) * (batch.mask / count[:, None])[..., None]
+        d = slope.view(values[-1].shape) * (batch.mask / count[:, None]).to(slope.dtype)[..., None]
         for i, (x, y) in reversed(list(enumerate(pairwise(values)))):
             d = chain[i].backward(mover.w, x, y, d, draws, i == 0, mover.move_along)
         return (each.view(batch.mask.shape) * batch.mask).sum(1), count

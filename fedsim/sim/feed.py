@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -57,9 +57,7 @@ class Feed:
 
     def batch(self, s: int) -> Batch:
         """The examples of step `s` of the clients that run it: `[active, B, ...]`."""
-        places = self._places[s, : self.active[s]]
-        x, y = self._gather(places.reshape(-1))
-        return Batch(x.view(*places.shape, *x.shape[1:]), y.view(*places.shape, *y.shape[1:]), self._mask[s, : self.active[s]])
+        return self._batch(s, self.active[s])
 
     def draws(self, s: int) -> Draws:
         """What step `s` draws for the clients that run it: `{name: [active, ...]}`."""
@@ -76,6 +74,24 @@ class Feed:
         work, steps = self.work, self.work.steps[own]
         alone = Work(work.index[own, : steps[0]], work.mask[own, : steps[0]], steps, work.n[own])
         return Feed(self.program, self.problem, self.x, self.y, alone, self.keys[own])
+
+    def padded(self, room: int) -> Feed:
+        """The same pass with clients added that have no steps, up to `room`, and batches of the program's full size."""
+        work, more = self.work, room - len(self.keys)
+        width = max(work.index.shape[2], self.program.batch_size or 0)
+        wider = ((0, more), (0, 0), (0, width - work.index.shape[2]))
+        full = Work(np.pad(work.index, wider), np.pad(work.mask, wider), np.pad(work.steps, (0, more)), np.pad(work.n, (0, more)))
+        return replace(self, work=full, keys=np.pad(self.keys, (0, more)))
+
+    def all(self, s: int) -> tuple[Batch, Draws, Tensor]:
+        """Step `s` of every client, whether it runs it or not, and which ones do: `[C, ...]`, `[C] bool`."""
+        runs = torch.from_numpy(self.work.steps > s).to(self.x.device)
+        return self._batch(s, len(self.keys)), self._draw(self.keys, s, self.work.index.shape[2]), runs
+
+    def _batch(self, s: int, clients: int) -> Batch:
+        places = self._places[s, :clients]
+        x, y = self._gather(places.reshape(-1))
+        return Batch(x.view(*places.shape, *x.shape[1:]), y.view(*places.shape, *y.shape[1:]), self._mask[s, :clients])
 
     def _gather(self, places: Tensor) -> tuple[Tensor, Tensor]:
         # A plain row gather is faster than indexing by a matrix.

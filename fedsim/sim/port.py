@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class SimPort(Port):
         self._fleet = participation.start(len(sizes), labels, key)
         self._memory = Memory(blank, len(sizes))
         self._outbox: list[_Sent] = []
+        self._cut = False
 
     def idle(self) -> np.ndarray:
         available, self._fleet = self._participation.active(self._fleet, self._t, self._key)
@@ -81,7 +83,9 @@ class SimPort(Port):
             weight = weigh(self._arrivals(part, sent.version)) if weigh else None
             chunks.append(Chunk(part, sent.version, sent.key, self._memory.get(part), weight))
         out = []
-        for chunk, reply in zip(chunks, self._executor.map("train", (program, message), chunks), strict=True):
+        replies = self._executor.map("train", (program, message), chunks)
+        self._say_if_cut(chunks, replies)
+        for chunk, reply in zip(chunks, replies, strict=True):
             if isinstance(reply, Failure):
                 out.append(Received(lost=dict.fromkeys(chunk.ids.tolist(), reply.reason), bytes_down=nbytes(message) * len(chunk.ids)))
                 continue
@@ -90,6 +94,19 @@ class SimPort(Port):
                 self._memory.put(accepted, reply.memory)
             out.append(_received(self._arrivals(accepted, sent.version), chunk, reply, nbytes(message)))
         return out
+
+    def _say_if_cut(self, chunks: list[Chunk], replies: list[ChunkReply | Failure]) -> None:
+        """Say once that chunks did not fit into a GPU's memory."""
+        parts = max((reply.parts for reply in replies if isinstance(reply, ChunkReply)), default=1)
+        if parts > 1 and not self._cut:
+            self._cut = True
+            size = max(len(chunk.ids) for chunk in chunks)
+            warnings.warn(
+                f"{size} clients do not fit into the GPU's memory together: they run in {parts} parts, with the same sums; "
+                f"engine.chunk: {max(1, size // parts)}, or fewer workers a GPU, would save the detour",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _arrivals(self, ids: np.ndarray, version: int) -> Arrivals:
         versions = torch.full((len(ids),), version)
