@@ -161,7 +161,7 @@ class Sgd(LocalProgram):
         return _reply(message, carry)
 
     def descent(self, problem: Problem) -> Descent | None:
-        if self.clip is not None or self.nesterov or type(self).step is not Sgd.step:
+        if self.clip is not None or (self.nesterov and self.momentum) or type(self).step is not Sgd.step:
             return None
         rate = float(self.lr * self.schedule.factor(problem.version))
         return Descent(rate, self.momentum, self.weight_decay, self.proximal)
