@@ -56,38 +56,41 @@ class Mover:
     def move(self, gradients: list[Tensor]) -> None:
         """One step along gradients in the order of `w`."""
         rule, w = self.rule, list(self.w.values())
-        v, received = list(self.v.values()), list(self.received.values())
-        pull = rule.decay + rule.proximal
+        v, away = list(self.v.values()), self._away()
         if not rule.momentum:
-            if pull:
-                torch._foreach_mul_(w, 1 - rule.rate * pull)
-            if rule.proximal:
-                torch._foreach_add_(w, received, alpha=rule.rate * rule.proximal)
+            if rule.decay:
+                torch._foreach_mul_(w, 1 - rule.rate * rule.decay)
+            if away:
+                torch._foreach_add_(w, away, alpha=-rule.rate * rule.proximal)
             torch._foreach_add_(w, gradients, alpha=-rule.rate)
             return
         torch._foreach_mul_(v, rule.momentum)
         torch._foreach_add_(v, gradients)
-        if pull:
-            torch._foreach_add_(v, w, alpha=pull)
-        if rule.proximal:
-            torch._foreach_add_(v, received, alpha=-rule.proximal)
+        if rule.decay:
+            torch._foreach_add_(v, w, alpha=rule.decay)
+        if away:
+            torch._foreach_add_(v, away, alpha=rule.proximal)
         torch._foreach_add_(w, v, alpha=-rule.rate)
+
+    def _away(self) -> list[Tensor]:
+        """`w - w_received`, where a proximal term asks for it: exactly zero at the start."""
+        return [self.w[name] - received for name, received in self.received.items()]
 
     def move_along(self, name: str, a: Tensor, b: Tensor | None) -> None:
         """One step of the parameter `name` alone: along the gradient `a @ b` `[C, m, n]`, which is never stored, or along `a`."""
         rule, w = self.rule, self.w[name]
-        pull = rule.decay + rule.proximal
+        away = w - self.received[name] if rule.proximal else None
         if not rule.momentum:
-            _add_product(w, a, b, 1 - rule.rate * pull, -rule.rate)
-            if rule.proximal:
-                w.add_(self.received[name], alpha=rule.rate * rule.proximal)
+            _add_product(w, a, b, 1 - rule.rate * rule.decay, -rule.rate)
+            if away is not None:
+                w.add_(away, alpha=-rule.rate * rule.proximal)
             return
         v = self.v[name]
         _add_product(v, a, b, rule.momentum, 1.0)
-        if pull:
-            v.add_(w, alpha=pull)
-        if rule.proximal:
-            v.sub_(self.received[name], alpha=rule.proximal)
+        if rule.decay:
+            v.add_(w, alpha=rule.decay)
+        if away is not None:
+            v.add_(away, alpha=rule.proximal)
         w.add_(v, alpha=-rule.rate)
 
 
