@@ -39,6 +39,11 @@ LARGE = 200_000
 stacked is 1.5 times faster up to 160,000 parameters, 1.2 times at 320,000, and 2.3 times slower at 1.3 million."""
 
 
+FEW = 100
+"""Examples that a convolutional network sees at a time in evaluation on a CPU. Measured on pfl's CNN: 0.5 ms an example in hundreds, 0.8 in
+two thousands, 1.3 of them in PyTorch's own layout."""
+
+
 def choose_mode(module: nn.Module, parameters: int, device: str) -> Mode:
     """How chunks are executed where the scenario leaves it open.
 
@@ -133,13 +138,20 @@ class Trainer:
         assert self.test is not None
         x, y = self.test.x[part], self.test.y[part]
         with torch.no_grad():
-            return measure(self.problem.task, self.problem.output(w, x), y, torch.ones(len(y), device=y.device))
+            return measure(self.problem.task, self._output(w, x), y, torch.ones(len(y), device=y.device))
 
     def score(self, w: Params, index: np.ndarray) -> Record:
         """Loss and correctness of a model on each of some resident examples. `[M] -> {name: [M]}`."""
         places = torch.from_numpy(index).to(self.x.device)
         with torch.no_grad():
-            return per_example(self.problem.task, self.problem.output(w, self.x[places]), self.y[places])
+            return per_example(self.problem.task, self._output(w, self.x[places]), self.y[places])
+
+    def _output(self, w: Params, x: Tensor) -> Tensor:
+        """The network's output in evaluation. On a CPU convolutions get a few pictures at a time, so that activations stay in the cache."""
+        if self.mode != "loop" or x.device.type != "cpu":
+            return self.problem.output(w, x)
+        w = tree_map(_channels_last, w)
+        return torch.cat([self.problem.output(w, part) for part in x.split(FEW)])
 
     def train(self, job: tuple[LocalProgram, Any], chunk: Chunk) -> ChunkReply:
         """Run a program on a message for every client of the chunk. One that raises is a `ClientError`: program, round and clients."""
