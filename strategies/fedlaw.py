@@ -68,8 +68,9 @@ class Mixture:
 
     def start(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """z `[C]` and x `[1]` before the first step."""
+        n = n.to(self.received)
         z = (n / n.sum()).log() if self.form == "exp" else torch.full_like(n, len(n) ** -0.5)
-        return z.to(self.received), self.received.new_full((1,), float(self.form == "quad"))
+        return z, n.new_full((1,), float(self.form == "quad"))
 
     def weights(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """lambda `[C]` and gamma `[1]`."""

@@ -97,8 +97,8 @@ def test_a_cutoff_leaves_the_bias_that_its_closed_form_says(cutoff):
     ],
 )
 def test_who_corrects_for_participation_reaches_the_optimum(strategy, within, pattern):
-    """FedAvg ends 1.3 away under each pattern. Where weights make up for absence a round is still noisy, because of who happens to come; where
-    memory does, the noise goes to zero with the rate, and so may the tolerance.
+    """FedAvg ends 1.3 away under each pattern. Where weights make up for absence a round is still noisy, because of who happens to come;
+    where memory does, the noise goes to zero with the rate, and so may the tolerance.
     """
     close(reached(strategy, pattern), OPTIMUM, within=within)
 
