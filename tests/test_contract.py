@@ -23,6 +23,8 @@ from fedsim.sim.cohort import Trainer
 from fedsim.sim.executor import Inline
 from fedsim.sim.port import SimPort
 from fedsim.strategy import LocalProgram, Strategy, WeightedStrategy
+from fedsim.tree import tree_map
+from fedsim.types import Updates
 from fedsim.world import World, build
 
 load_plugins()
@@ -187,6 +189,29 @@ def test_the_order_of_arrivals_is_forgotten(case, pace, world):
     random.Random(0).shuffle(singles)
     shuffled = merge([Received(arrivals=one.arrivals, updates=one) for one in singles]).updates
     assert same_bits(case.strategy.server(world.problem, state, shuffled, 9), case.strategy.server(world.problem, state, updates, 9))
+
+
+@every_strategy
+def test_a_state_is_a_value_that_later_rounds_do_not_change(case, pace, world):
+    """What a server makes of a state and updates is the same after the state was used for something else, and after what came of it was."""
+    received, start = one_round(case, world)
+    updates, problem = received.updates, world.problem
+    first = case.strategy.server(problem, start, updates, 9)
+    before = tree.dump(first)[0]
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    opposite = Updates(updates.arrivals, tree_map(lambda leaf: -leaf, updates.payload))
+    for state in (start, first, case.strategy.server(problem.at(1), first, opposite, 10)):
+        case.strategy.server(problem.at(2), state, opposite, 11)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tree.dump(first)[0].items())
+    assert same_bits(case.strategy.server(problem, start, updates, 9), first)
+
+
+@every_strategy
+def test_a_report_is_numbers_and_one_value_an_arrival(case, pace, world):
+    received, start = one_round(case, world)
+    after = case.strategy.server(world.problem, start, received.updates, 9)
+    for name, value in case.strategy.report(world.problem, start, after, received.arrivals).items():
+        assert isinstance(value, float) or value.shape == (8,), name
 
 
 WEIGHTED = [row for row in ROWS if isinstance(row.values[0].strategy, WeightedStrategy)]

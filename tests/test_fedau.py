@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from toy import Listed, close, jumpers, path, problem_of, rounds, vector
 
+from fedsim.errors import ScenarioError
 from fedsim.intervals import Intervals, judge
 from fedsim.local import Sgd
+from fedsim.scenario import load
 from fedsim.types import Arrivals
+from fedsim.world import build
 from strategies.fedau import FedAU, KnownP
 from strategies.fedavg import FedAvg
 
@@ -162,3 +166,35 @@ def test_the_report_says_how_much_each_counted():
     said = strategy.report(toy.problem.at(5), before, after, arrivals(1, 2))
     assert said["weight"].tolist() == pytest.approx([5 / 3, 2])
     assert said["truth"].tolist() == [2, 2]
+
+
+QUICKSTART = Path(__file__).parents[1] / "scenarios/quickstart.yaml"
+
+
+def built(*fields):
+    return build(load(QUICKSTART, ("strategy={name: known-p}", *fields))[0]).problem.rates
+
+
+def test_the_simulator_knows_the_rates():
+    """A full period of the staircase is (1 + 0.4) / 2 of the rate. Cohorts of a fixed size are cut to the pace's."""
+    assert built("fleet.participation=full").tolist() == [1] * 20
+    assert built("fleet.participation=full", "pace={name: sync, cohort: 5}").tolist() == [0.25] * 20
+    assert built("fleet.participation={name: uniform, clients: 10}", "pace={name: sync, cohort: 5}").tolist() == [0.25] * 20
+    assert built("fleet.participation={name: uniform, clients: 4}", "pace={name: sync, cohort: 5}").tolist() == pytest.approx([0.2] * 20)
+    rates = "rates: {name: constant, mean: 0.5}"
+    assert built(f"fleet.participation={{name: bernoulli, {rates}, modulation: staircase}}").tolist() == pytest.approx([0.35] * 20)
+
+
+@pytest.mark.parametrize("strategy", ["known-p", "{name: fedstale, rates: known}", "{name: fedvarp, rates: known}"])
+def test_unknown_rates_are_refused_where_they_are_needed(strategy, tmp_path):
+    (tmp_path / "trace.csv").write_text("client,from,to\n0,0,9\n")
+    unknown = (
+        (f"fleet.participation={{name: trace, file: {tmp_path / 'trace.csv'}}}",),
+        ("pace={name: sync, cohort: 5}",),  # of a changing number of clients
+    )
+    for fields in unknown:
+        scenario, _ = load(QUICKSTART, (f"strategy={strategy}", *fields))
+        with pytest.raises(ScenarioError, match="true participation probability") as caught:
+            build(scenario)
+        assert caught.value.field == "strategy"
+        assert build(load(QUICKSTART, ("strategy=fedau", *fields))[0]).problem.rates is None
