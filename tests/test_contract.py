@@ -68,6 +68,7 @@ STRATEGIES = {
     "fedstale": Case(strategy("fedstale", local=LOCAL, beta=0.5), rounds=120),
     "fedstale known": Case(strategy("fedstale", local=LOCAL, beta=0.2, rates="known"), rounds=120),
     "fedvarp": Case(strategy("fedvarp", local=LOCAL), rounds=200),
+    "fedawe": Case(strategy("fedawe", local=Sgd(lr=0.05, steps=2, batch_size=10)), rounds=250),
     "mifa": Case(strategy("mifa", local=LOCAL), rounds=200),
     "mifa wait": Case(strategy("mifa", local=LOCAL, wait=True), rounds=200),
     "fedlaw": Case(strategy("fedlaw", local=LOCAL), rounds=60, within=2e-2),

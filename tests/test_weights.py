@@ -18,6 +18,7 @@ from fedsim.fleet.rates import Listed as ListedRates
 from fedsim.local import InverseSqrt, Sgd
 from strategies.fedau import FedAU, KnownP
 from strategies.fedavg import FedAvg
+from strategies.fedawe import FedAWE
 from strategies.fedstale import FedStale, FedVarp
 from strategies.mifa import Mifa
 
@@ -90,6 +91,7 @@ def test_a_cutoff_leaves_the_bias_that_its_closed_form_says(cutoff):
     [
         pytest.param(KnownP(LOCAL), 0.15, id="known-p"),
         pytest.param(FedAU(LOCAL, cutoff=None), 0.15, id="fedau"),
+        pytest.param(FedAWE(LOCAL), 0.15, id="fedawe"),
         pytest.param(FedStale(LOCAL, beta=0.5, weights="uniform"), 0.1, id="fedstale"),
         pytest.param(FedVarp(LOCAL, rates="known"), 0.02, id="fedvarp known"),
         pytest.param(FedVarp(LOCAL), 0.02, id="fedvarp"),
