@@ -75,11 +75,13 @@ def judge(intervals: Intervals, cutoff: Cutoff, problem: Problem, arrivals: Arri
     """
     if problem.rates is None:
         return {}
-    p = problem.rates
-    inverse, come = 1 / p, p > 0
-    excess = (intervals.omega(int(problem.version), cutoff) - inverse)[come]
+    p, omega = problem.rates, intervals.omega(int(problem.version), cutoff)
+    if not bool((p > 0).all()):
+        come = p > 0
+        p, omega = p[come], omega[come]
+    excess = omega * p - 1
     return {
-        "truth": inverse[arrivals.ids],
-        "omega_bias": float(excess.mean()),
-        "omega_error": float((excess * p[come]).abs().mean()),
+        "truth": 1 / problem.rates[arrivals.ids],
+        "omega_bias": float((excess / p).mean()),
+        "omega_error": float(excess.abs().mean()),
     }

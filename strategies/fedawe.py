@@ -14,7 +14,7 @@ Clients that left in the same round share a job, the others train apart, so a ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def absence(problem: Problem, state: Echo, ids: Tensor) -> Tensor:
 class FedAWE(Strategy):
     """Make up for absence by longer steps from the model that a client left with (Xiang et al., NeurIPS 2024)."""
 
-    paces = frozenset({"sync"})  # absence is counted in rounds
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})  # absence is counted in rounds
 
     local: LocalProgram = Sgd()
     server_lr: Annotated[float, Gt(0)] = 1.0

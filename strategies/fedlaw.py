@@ -103,7 +103,7 @@ def coherence(changes: Tensor) -> Tensor:
 class FedLAW(Strategy):
     """Learn the aggregation weights and a shrinking factor on proxy data (Li et al., ICML 2023)."""
 
-    needs = frozenset({"proxy"})
+    needs: ClassVar[frozenset[str]] = frozenset({"proxy"})
     paces: ClassVar[frozenset[str]] = frozenset({"sync"})  # models are averaged: all must have begun with the same
 
     local: LocalProgram = Sgd()

@@ -24,7 +24,7 @@ Differs: a round in which nobody takes part leaves the model as it is (so does F
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -95,7 +95,7 @@ class FedStale(Strategy):
     rates: where 1/p_i comes from. cutoff: of `estimated`, as in `fedau`; null = never, as in the paper's scripts.
     """
 
-    paces = frozenset({"sync"})  # the table has one update a client and round
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})  # the table has one update a client and round
 
     local: LocalProgram = Sgd()
     server_lr: Annotated[float, Gt(0)] = 1.0
@@ -123,7 +123,7 @@ class FedStale(Strategy):
 class FedVarp(Strategy):
     """Correct each fresh update by what the server remembers of the client, and add the mean memory (Jhunjhunwala et al., UAI 2022)."""
 
-    paces = frozenset({"sync"})
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
 
     local: LocalProgram = Sgd()
     server_lr: Annotated[float, Gt(0)] = 1.0

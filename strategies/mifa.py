@@ -16,7 +16,7 @@ leaves the model as it is; the paper's would repeat the last mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Gt
@@ -50,7 +50,7 @@ class Mifa(Strategy):
     wait: do not move before every client that has data was heard of.
     """
 
-    paces = frozenset({"sync"})  # the table has one update a client and round
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})  # the table has one update a client and round
 
     local: LocalProgram = Sgd()
     server_lr: Annotated[float, Gt(0)] = 1.0

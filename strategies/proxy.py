@@ -21,6 +21,7 @@ in every round. Where a task has no classes, the teacher is the mean output.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ def teach(problem: Problem, models: Params, x: Tensor) -> Tensor:
 class ServerFinetune(Strategy):
     """FedAvg, then training on the server's labelled proxy data (a baseline of Li et al., ICML 2023)."""
 
-    needs = frozenset({"proxy"})
-    paces = frozenset({"sync"})
+    needs: ClassVar[frozenset[str]] = frozenset({"proxy"})
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
 
     local: LocalProgram = Sgd()
     tune: LocalProgram = TUNE
@@ -110,8 +111,8 @@ class ServerFinetune(Strategy):
 class FedDF(Strategy):
     """FedAvg, then distillation of the ensemble of clients on unlabelled proxy inputs (Lin et al., NeurIPS 2020)."""
 
-    needs = frozenset({"proxy"})
-    paces = frozenset({"sync"})
+    needs: ClassVar[frozenset[str]] = frozenset({"proxy"})
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
 
     local: LocalProgram = Sgd()
     tune: LocalProgram = TUNE
