@@ -64,7 +64,8 @@ def build(scenario: Scenario) -> World:
     problem = Problem(Network(module), data.task, data.sizes, draws, proxy, _rates(scenario, data.clients, labels), version=version)
     for i, stage in enumerate(scenario.stages()):
         if "rates" in stage.strategy.needs and problem.rates is None:
-            raise ScenarioError("strategy" if scenario.phases is None else f"phases.{i}.strategy", _UNKNOWN_RATES)
+            where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
+            raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
     mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
     return World(data, labels, problem, w, mode, _estimate(scenario, data, labels, problem, w))
 
