@@ -61,7 +61,8 @@ def build(scenario: Scenario) -> World:
     w = w.to(device, dtype)
     proxy = None if data.proxy is None else Batch(_cast(data.proxy.x, device, dtype), _cast(data.proxy.y, device, dtype))
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
-    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, _rates(scenario, data.clients, labels), version=version)
+    rates = _rates(scenario, data.clients, labels)
+    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, rates, version=version)
     for i, stage in enumerate(scenario.stages()):
         if "rates" in stage.strategy.needs and problem.rates is None:
             where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
