@@ -115,7 +115,7 @@ class _Training:
         port: SimPort | None = None
         for stage in stages[progress.phase :]:
             first = self.world.w if progress.frozen is None else progress.frozen
-            problem = replace(self.world.problem, frozen=progress.frozen)
+            problem = replace(self.world.problem, frozen=progress.frozen, storage=self.folder.storage)
             if progress.phase:
                 self.executor.freeze(progress.frozen)
             port = self._port(stage, first, port)
@@ -137,6 +137,7 @@ class _Training:
             blank=stage.strategy.memory(world.problem, first),
             chunk=None if scenario.engine.chunk == "auto" else scenario.engine.chunk,
             key=rng.fold(scenario.seed, rng.FLEET),
+            storage=self.folder.storage,
         )
         if before is not None:
             port.continue_clock(before)

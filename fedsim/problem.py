@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.params import Params
+from fedsim.table import IN_RAM, Storage
 from fedsim.types import Batch, Draw, Draws
 
 
@@ -128,7 +129,9 @@ class Problem:
         sizes: training examples of each client, `[N]` float32.
         example_draws: random numbers the network needs for one example in training (dropout), by buffer name.
         proxy: the server's own data, or None.
+        rates: the true share of rounds in which each client takes part, `[N]` float32, or None where the platform does not know it.
         frozen: the model that an earlier phase deployed, or None.
+        storage: where tables with a row for each client are kept.
         version: how many server updates the model at hand has behind it; schedules look at it. 0-dim float.
         taped: differentiate with the autograd tape (fast for one client at a time) instead of `torch.func` (needed under vmap).
     """
@@ -138,7 +141,9 @@ class Problem:
     sizes: Tensor
     example_draws: dict[str, Draw] = field(default_factory=dict)
     proxy: Batch | None = None
+    rates: Tensor | None = None
     frozen: Params | None = None
+    storage: Storage = IN_RAM
     version: Tensor = field(default_factory=lambda: torch.zeros(()))
     taped: bool = False
 

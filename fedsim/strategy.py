@@ -117,10 +117,14 @@ class Strategy(Kind, ABC):
     """What the server does with updates. Concrete strategies are never subclassed: compose by wrapping."""
 
     paces: ClassVar[frozenset[str]] = frozenset({"sync", "buffered", "deadline"})
-    needs: ClassVar[frozenset[str]] = frozenset()  # {"proxy"}: a scenario that lacks it is refused when it is loaded
     sends: ClassVar[type] = Params  # the type of message in its jobs
     personal: ClassVar[bool] = False  # whether `deploy` gives each client a model of its own
     local: LocalProgram
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the problem must have: of "proxy" and "rates". A scenario that lacks it is refused before anything trains."""
+        return frozenset()
 
     @abstractmethod
     def init(self, problem: Problem, w: Params) -> Any:
@@ -184,3 +188,8 @@ Weighting = Literal["samples", "uniform"]
 def client_weights(rule: Weighting, arrivals: Arrivals) -> Tensor:
     """How much each arrival counts: its number of training examples, or 1. `[C]` float32."""
     return arrivals.n if rule == "samples" else torch.ones_like(arrivals.n)
+
+
+def client_shares(rule: Weighting, problem: Problem) -> Tensor:
+    """alpha, how much each client counts in the objective: by its number of training examples, or 1/N. They add up to 1. `[N]` float32."""
+    return problem.sizes / problem.sizes.sum() if rule == "samples" else torch.full_like(problem.sizes, 1 / problem.clients)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedsim import rng
 from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
+from fedsim.fleet import Full, Uniform
 from fedsim.models import realise
 from fedsim.params import Params
 from fedsim.problem import Network, Problem
@@ -83,7 +84,12 @@ def build(scenario: Scenario) -> World:
     w = w.to(device, dtype)
     proxy = None if data.proxy is None else Batch(_cast(data.proxy.x, device, dtype), _cast(data.proxy.y, device, dtype))
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
-    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, version=version)
+    rates = _rates(scenario, data.clients, labels)
+    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, rates, version=version)
+    for i, stage in enumerate(scenario.stages()):
+        if "rates" in stage.strategy.needs and problem.rates is None:
+            where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
+            raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
     mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
     world = World(data, labels, problem, w, mode, _estimate(scenario, data, labels, problem, w))
     return replace(world, workers=_count_workers(scenario, world))
@@ -122,6 +128,32 @@ def _chunk_size(scenario: Scenario, world: World) -> int:
     if scenario.engine.chunk != "auto":
         return scenario.engine.chunk
     return default_chunk(math.ceil(expected_cohort(scenario, world.data.clients, world.labels)), world.mode)
+
+
+_UNKNOWN_RATES = (
+    "needs the true participation probability of each client, which is not known under this fleet and pace; take a participation other "
+    "than a trace without repeat, and a cohort limit with 'full' or 'uniform' only"
+)
+
+
+def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tensor | None:
+    """The share of rounds in which each client takes part, a mean over the run (over its first thousand rounds), or None if unknown."""
+    participation = scenario.fleet.participation
+    state = participation.start(clients, labels, rng.fold(scenario.seed, rng.FLEET))
+    rounds = min(1000, sum(stage.rounds for stage in scenario.stages()))
+    total = np.zeros(clients)
+    for t in range(rounds):
+        p = participation.probability(state, t)
+        if p is None:
+            return None
+        total += p
+    rates = total / rounds
+    cohort = getattr(scenario.pace, "cohort", None)
+    if cohort is not None and cohort < clients:
+        if not isinstance(participation, (Full, Uniform)):
+            return None  # who is left out depends on how many others are there
+        rates *= min(1.0, cohort / rates.sum())
+    return torch.from_numpy(rates.astype(np.float32))
 
 
 def _estimate(scenario: Scenario, data: Federation, labels: np.ndarray | None, problem: Problem, w: Params) -> float:

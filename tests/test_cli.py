@@ -176,6 +176,7 @@ def test_a_run_leaves_a_complete_folder(finished: tuple[Path, Result]) -> None:
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
+        "clients.jsonl",
         "manifest.json",
         "metrics.jsonl",
         "model.safetensors",

@@ -15,7 +15,7 @@ from fedsim.engine import Port, Received, Weigh, merge
 from fedsim.fleet import Participation
 from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
 from fedsim.sim.executor import Executor, Failure
-from fedsim.sim.memory import Memory
+from fedsim.table import IN_RAM, Storage, Table
 from fedsim.tree import nbytes, rows
 from fedsim.types import Arrivals, Job, Updates
 
@@ -38,6 +38,7 @@ class SimPort(Port):
         blank: the device memory of a client that never took part.
         chunk: clients in a chunk, or None for `default_chunk`.
         key: the run's key, in the FLEET domain.
+        storage: where device memory is kept.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SimPort(Port):
         blank: Any,
         chunk: int | None,
         key: rng.Key,
+        storage: Storage = IN_RAM,
     ):
         self._executor = executor
         self._participation = participation
@@ -57,7 +59,7 @@ class SimPort(Port):
         self._key = key
         self._t = 0
         self._fleet = participation.start(len(sizes), labels, key)
-        self._memory = Memory(blank, len(sizes))
+        self._memory = Table.of(blank, len(sizes), storage)
         self._outbox: list[_Sent] = []
         self._cut = False
 
@@ -91,7 +93,7 @@ class SimPort(Port):
                 continue
             accepted = chunk.ids[reply.accepted]
             if len(accepted):
-                self._memory.put(accepted, reply.memory)
+                self._memory = self._memory.put(accepted, reply.memory)
             out.append(_received(self._arrivals(accepted, sent.version), chunk, reply, nbytes(message)))
         return out
 
@@ -123,13 +125,13 @@ class SimPort(Port):
     def save(self) -> dict[str, Any]:
         """What a checkpoint needs: the clock, who is where, and what devices remember."""
         fleet = {name: torch.from_numpy(np.asarray(values)) for name, values in self._fleet.items()}
-        return {"t": self._t, "fleet": fleet, "memory": self._memory.save()}
+        return {"t": self._t, "fleet": fleet, "memory": self._memory}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Inverse of `save`."""
         self._t = saved["t"]
         self._fleet = {name: values.numpy() for name, values in saved["fleet"].items()}
-        self._memory.restore(saved["memory"])
+        self._memory = saved["memory"]
 
 
 def default_chunk(cohort: int, mode: Mode) -> int:
