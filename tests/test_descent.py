@@ -112,6 +112,7 @@ def test_what_is_no_chain():
     flat, shared, hooked = nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
     assert chain_of(nn.Sequential(flat, nn.Linear(4, 2)), (1, 2, 2)) is not None
+    assert chain_of(nn.Sequential(flat, nn.Linear(4, 2)), (4,)) is not None
     assert chain_of(nn.Sequential(nn.Linear(2, 2), nn.Flatten()), (1, 2, 2)) is None  # a linear layer over the last dimension
     assert chain_of(nn.Sequential(shared, nn.ReLU(), shared), (4,)) is None
     assert chain_of(nn.Sequential(hooked), (4,)) is None

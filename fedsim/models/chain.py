@@ -104,7 +104,9 @@ def chain_of(module: nn.Module, shape: tuple[int, ...]) -> tuple[Link, ...] | No
     used twice or hooked into, with a `Flatten` in front where examples have several dimensions.
     """
     parts = _parts(module)
-    if len(shape) > 1 and not (parts and _flattens(parts.pop(0)[1])):
+    if parts and _flattens(parts[0][1]):
+        parts = parts[1:]
+    elif len(shape) > 1:
         return None
     links = [_link(path, part) for path, part in parts if not isinstance(part, nn.Identity)]
     once = len({id(part) for _, part in parts}) == len(parts)
