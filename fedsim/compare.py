@@ -34,7 +34,7 @@ from fedsim.sim.executor import Executor
 from fedsim.sim.pool import Cluster
 from fedsim.study import setting_name, short
 from fedsim.trackers import tracked
-from fedsim.world import World, adapt, build, count_workers
+from fedsim.world import World, adapt, build
 
 FREE = ("address", "workers", "retries", "timeout")
 """Fields of `engine` that may change between two halves of a study: no result depends on them."""
@@ -185,7 +185,7 @@ class _Resident:
         alike = sum(1 for other in later if _world_key(other) == key)
         world = adapt(self._world, scenario)
         world = replace(world, seconds=world.seconds * alike)  # workers that start once serve them all
-        engine = (count_workers(scenario, world), dump(scenario.engine))
+        engine = (world.workers, dump(scenario.engine))
         if self._executor is None or engine[1] != self._engine[1]:
             if self._executor is not None:
                 self._executor.close()

@@ -27,13 +27,11 @@ from fedsim.metrics import mean
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.scenario import Phase, Scenario, dump_scenario
-from fedsim.sim.cohort import Trainer
 from fedsim.sim.evaluate import evaluate, evaluate_clients
 from fedsim.sim.executor import Executor, Inline, Patience
 from fedsim.sim.pool import Cluster, RayPool
 from fedsim.sim.port import SimPort
-from fedsim.types import Batch
-from fedsim.world import World, count_workers
+from fedsim.world import World
 
 Row = dict[str, Any]
 
@@ -72,12 +70,11 @@ def train(scenario: Scenario, world: World, folder: Folder, executor: Executor |
 
 def open_executor(scenario: Scenario, world: World, cluster: Cluster | None = None) -> Executor:
     """Workers, or this process, with the world's data resident. To be closed. A `cluster` stays for the next."""
-    data, engine = world.data, scenario.engine
-    trainer = Trainer(world.problem, data.x, data.y, data.train, world.mode, Batch(data.test_x, data.test_y))
+    engine, trainer = scenario.engine, world.trainer(scenario.engine.compile)
     patience = Patience(engine.retries, engine.timeout, engine.on_failure == "lose")
     torch.set_num_threads(engine.threads)  # evaluation and aggregation, too: a threaded product may round differently
-    if workers := count_workers(scenario, world):
-        return RayPool(trainer, workers, engine.threads, patience, engine.address, cluster)
+    if world.workers:
+        return RayPool(trainer, world.workers, engine.threads, patience, engine.address, cluster)
     return Inline(trainer, engine.threads, patience)
 
 
@@ -133,7 +130,7 @@ class _Training:
         port: SimPort | None = None
         for stage in stages[progress.phase :]:
             first = self.world.w if progress.frozen is None else progress.frozen
-            problem = replace(self.world.problem, frozen=progress.frozen)
+            problem = replace(self.world.problem, frozen=progress.frozen, storage=self.folder.storage)
             if progress.phase:
                 self.executor.freeze(progress.frozen)
             port = self._port(stage, first, port)
@@ -155,6 +152,7 @@ class _Training:
             blank=stage.strategy.memory(world.problem, first),
             chunk=None if scenario.engine.chunk == "auto" else scenario.engine.chunk,
             key=rng.fold(scenario.seed, rng.FLEET),
+            storage=self.folder.storage,
         )
         if before is not None:
             port.continue_clock(before)

@@ -7,6 +7,7 @@
     scores.jsonl        a row an evaluation: each client's accuracy and loss on its own test data (`evaluate.clients`)
     timings.jsonl       wall-clock seconds of each round; these differ from run to run
     checkpoints/        tensors (safetensors) and their outline (JSON); nothing is ever unpickled
+    tables/             rows of clients that are too large for the checkpoints: what a server or devices remember of each client
     model.safetensors   the final model
     failure.json        why a cell of a study came to no end; gone when it is tried again
 
@@ -18,15 +19,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from fedsim.document import write
 from fedsim.errors import FedsimError
 from fedsim.params import Params
-from fedsim.tree import dump, load
+from fedsim.table import Storage, Table
+from fedsim.tree import dump, load, tree_leaves
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint format."""
 
 LOGS = ("metrics", "clients", "scores", "timings")
@@ -39,6 +42,12 @@ class Folder:
         self.path = path
         self._logs: dict[str, IO[str]] = {}
         self._lock: IO[str] | None = None
+        self._kept: dict[str, list[Table]] = {}  # what checkpoints refer to in `tables/`: not to be overwritten
+
+    @property
+    def storage(self) -> Storage:
+        """Where tables with a row for each client are kept."""
+        return Storage(folder=self.path)
 
     @staticmethod
     def create(path: Path | None, name: str) -> Folder:
@@ -115,7 +124,9 @@ class Folder:
         (self.path / "checkpoints").mkdir(exist_ok=True)
         self._write(f"{stem}.safetensors", save({name: tensor.clone() for name, tensor in arrays.items()}))
         self._write(f"{stem}.json", json.dumps({"format": FORMAT, "round": round, "outline": outline}).encode())  # last: it makes it valid
+        self._kept[f"{stem}.json"] = _tables(tree)
         for old in self.checkpoints()[:-keep]:
+            self._kept.pop(str(old.relative_to(self.path)), None)
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
@@ -125,21 +136,26 @@ class Folder:
 
     def latest(self) -> tuple[int, Any] | None:
         """The newest checkpoint, as its round and its tree, or None if there is none yet."""
+        checkpoints = self.checkpoints()
+        for older in checkpoints[:-1]:
+            with suppress(FedsimError):  # only to know what it refers to
+                self._load(older)
+        return self._load(checkpoints[-1]) if checkpoints else None
+
+    def _load(self, path: Path) -> tuple[int, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        checkpoints = self.checkpoints()
-        if not checkpoints:
-            return None
-        newest = checkpoints[-1]
         try:
-            meta = json.loads(newest.read_bytes())
-            arrays = load_file(newest.with_suffix(".safetensors"))
+            meta = json.loads(path.read_bytes())
+            arrays = load_file(path.with_suffix(".safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
-            raise FedsimError(f"{newest}: cannot be read ({error}); delete it to go on from the one before") from None
+            raise FedsimError(f"{path}: cannot be read ({error}); delete it to go on from the one before") from None
         if meta.get("format") != FORMAT:
-            raise FedsimError(f"{newest}: format {meta.get('format')}; this version of fedsim reads format {FORMAT}")
-        return meta["round"], load(arrays, meta["outline"])
+            raise FedsimError(f"{path}: format {meta.get('format')}; this version of fedsim reads format {FORMAT}")
+        tree = load(arrays, meta["outline"], self.path)
+        self._kept[str(path.relative_to(self.path))] = _tables(tree)
+        return meta["round"], tree
 
     def write_model(self, w: Params) -> None:
         from safetensors.torch import save
@@ -182,6 +198,11 @@ def write_file(target: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, target)
+
+
+def _tables(tree: Any) -> list[Table]:
+    """The tables of a checkpoint that are kept in files."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Table) and leaf.on_disk]
 
 
 def _make_new(stem: Path) -> Path:

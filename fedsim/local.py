@@ -14,7 +14,7 @@ from torch import Tensor
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import Kind, register
-from fedsim.strategy import NOTHING, Count, LocalProgram
+from fedsim.strategy import NOTHING, Count, Descent, LocalProgram
 from fedsim.tree import record
 from fedsim.types import Batch, Draws, Reply
 
@@ -159,6 +159,12 @@ class Sgd(LocalProgram):
 
     def finish(self, problem: Problem, message: Params, carry: Learner, n: Tensor) -> Reply:
         return _reply(message, carry)
+
+    def descent(self, problem: Problem) -> Descent | None:
+        if self.clip is not None or (self.nesterov and self.momentum) or type(self).step is not Sgd.step:
+            return None
+        rate = float(self.lr * self.schedule.factor(problem.version))
+        return Descent(rate, self.momentum, self.weight_decay, self.proximal)
 
 
 @register("adam")

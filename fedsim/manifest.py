@@ -16,7 +16,7 @@ from fedsim import __version__
 from fedsim.errors import FedsimError
 from fedsim.params import Params
 from fedsim.scenario import Scenario
-from fedsim.world import World, count_workers
+from fedsim.world import World
 
 
 def manifest(scenario: Scenario, world: World) -> dict[str, Any]:
@@ -31,7 +31,12 @@ def manifest(scenario: Scenario, world: World) -> dict[str, Any]:
         "initial_model": _digest(world.w),
         "clients": world.data.clients,
         "parameters": world.w.size,
-        "engine": {"mode": world.mode, "device": world.problem.version.device.type, "workers": count_workers(scenario, world)},
+        "engine": {
+            "mode": world.mode,
+            "compile": scenario.engine.compile,
+            "device": world.device,
+            "workers": world.workers,
+        },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -58,7 +63,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if then["machine"]["processor"] != now["machine"]["processor"]:
         changed.append(f"processor {then['machine']['processor']} -> {now['machine']['processor']}")
     was, is_ = then["engine"], now["engine"]
-    changed += [f"engine.{k} {was[k]} -> {is_[k]}" for k in ("mode", "device") if was[k] != is_[k]]
+    changed += [f"engine.{k} {was[k]} -> {is_[k]}" for k in ("mode", "compile", "device") if was[k] != is_[k]]
     return changed
 
 

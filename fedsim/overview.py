@@ -26,7 +26,7 @@ def facts(scenario: Scenario, world: World) -> dict[str, str]:
     from fedsim import rng
     from fedsim.console import size
     from fedsim.data import count_steps
-    from fedsim.world import count_workers, expected_cohort
+    from fedsim.world import expected_cohort
 
     data, w = world.data, world.w
     sizes = data.sizes.numpy().astype(int)
@@ -51,8 +51,7 @@ def facts(scenario: Scenario, world: World) -> dict[str, str]:
             f"{cohort:.1f} clients, {steps.min()} to {steps.max()} steps each (mean {steps.mean():.1f}), "
             f"{size(down * cohort)} down, {size(up * cohort)} up"
         )
-    workers = count_workers(scenario, world)
-    where = f"{workers} Ray workers" if workers else "in this process"
+    where = f"{world.workers} Ray workers" if world.workers else "in this process"
     out["engine"] = f"{where}, {world.mode}, {world.problem.version.device.type}; about {world.seconds:,.0f} s of training on one core"
     return out
 

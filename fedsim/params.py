@@ -112,6 +112,10 @@ class Params(Mapping[str, Tensor]):
         """A stack as a matrix, names side by side. `[C, ...] -> [C, P]`."""
         return torch.cat([v[:, None].flatten(1) for v in self.values()], dim=1)
 
+    def vector(self) -> Tensor:
+        """All entries as a vector `[P]`, names side by side. Inverse: `from_flat`."""
+        return torch.cat([v.reshape(-1) for v in self.values()])
+
     def from_flat(self, vector: Tensor) -> "Params":
         """A vector `[P]` cut into tensors of this (unstacked) shape."""
         parts = vector.split([v.numel() for v in self.values()])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.params import Params
+from fedsim.table import IN_RAM, Storage
 from fedsim.types import Batch, Draw, Draws
 
 
@@ -28,6 +29,14 @@ class Task(ABC):
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Loss of each example: `[B, ...], [B, ...] -> [B]`."""
 
+    def slope(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each example `[B]`, and its derivative in the output `[B, ...]`."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            each = self.loss(leaf, y)
+            (d,) = torch.autograd.grad(each, leaf, torch.ones_like(each))
+        return each.detach(), d
+
 
 @dataclass(frozen=True)
 class Classification(Task):
@@ -38,6 +47,11 @@ class Classification(Task):
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(output, y, reduction="none")
+
+    def slope(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`softmax(output) - onehot(y)`, written out because it runs in every step."""
+        logp, place = output.log_softmax(1), y[:, None]
+        return -logp.gather(1, place)[:, 0], logp.exp().scatter_add_(1, place, logp.new_full((), -1.0).expand(place.shape))
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,9 @@ class Problem:
         sizes: training examples of each client, `[N]` float32.
         example_draws: random numbers the network needs for one example in training (dropout), by buffer name.
         proxy: the server's own data, or None.
+        rates: the true share of rounds in which each client takes part, `[N]` float32, or None where the platform does not know it.
         frozen: the model that an earlier phase deployed, or None.
+        storage: where tables with a row for each client are kept.
         version: how many server updates the model at hand has behind it; schedules look at it. 0-dim float.
         taped: differentiate with the autograd tape (fast for one client at a time) instead of `torch.func` (needed under vmap).
     """
@@ -125,7 +141,9 @@ class Problem:
     sizes: Tensor
     example_draws: dict[str, Draw] = field(default_factory=dict)
     proxy: Batch | None = None
+    rates: Tensor | None = None
     frozen: Params | None = None
+    storage: Storage = IN_RAM
     version: Tensor = field(default_factory=lambda: torch.zeros(()))
     taped: bool = False
 

@@ -67,6 +67,8 @@ class Engine:
     device: cpu, cuda, or auto: cuda where there is one.
     dtype: of parameters and inputs.
     mode: loop = one client after the other, vmap = a chunk stacked, auto = by model and device.
+    compile: whether every program's step is compiled (torch.compile; on a GPU with CUDA graphs). Starting takes up to a minute longer, so
+        it pays in long runs of programs that are not plain gradient descent.
     threads: of each worker.
     address: of a running Ray cluster to join; null starts Ray on this machine.
     retries: how often a chunk goes to another worker after its worker died, hung or raised.
@@ -79,6 +81,7 @@ class Engine:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     mode: Literal["auto", "loop", "vmap"] = "auto"
+    compile: bool = False
     threads: Annotated[int, Gt(0), Le(1024)] = 1
     address: str | None = None
     retries: Annotated[int, Ge(0)] = 3

@@ -25,6 +25,7 @@ A complete strategy:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -58,6 +59,19 @@ class ModelState:
     """The state of a server that remembers only the model."""
 
     w: Params
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Constants of a program whose step is nothing but this, on a carry that is a `fedsim.local.Learner`:
+
+    v = momentum * v + grad f(w; batch) + decay * w + proximal * (w - w_received) ;  w = w - rate * v
+    """
+
+    rate: float
+    momentum: float = 0.0
+    decay: float = 0.0
+    proximal: float = 0.0
 
 
 class LocalProgram(Kind, ABC):
@@ -94,15 +108,23 @@ class LocalProgram(Kind, ABC):
         """Random numbers that one step needs, by name. Default: what the network needs (dropout)."""
         return problem.draws(batch)
 
+    def descent(self, problem: Problem) -> Descent | None:
+        """The constants of `step` where it is plain gradient descent: the platform then does the same in place, several times faster."""
+        return None
+
 
 class Strategy(Kind, ABC):
     """What the server does with updates. Concrete strategies are never subclassed: compose by wrapping."""
 
     paces: ClassVar[frozenset[str]] = frozenset({"sync", "buffered", "deadline"})
-    needs: ClassVar[frozenset[str]] = frozenset()  # {"proxy"}: a scenario that lacks it is refused when it is loaded
     sends: ClassVar[type] = Params  # the type of message in its jobs
     personal: ClassVar[bool] = False  # whether `deploy` gives each client a model of its own
     local: LocalProgram
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the problem must have: of "proxy" and "rates". A scenario that lacks it is refused before anything trains."""
+        return frozenset()
 
     @abstractmethod
     def init(self, problem: Problem, w: Params) -> Any:
@@ -166,3 +188,8 @@ Weighting = Literal["samples", "uniform"]
 def client_weights(rule: Weighting, arrivals: Arrivals) -> Tensor:
     """How much each arrival counts: its number of training examples, or 1. `[C]` float32."""
     return arrivals.n if rule == "samples" else torch.ones_like(arrivals.n)
+
+
+def client_shares(rule: Weighting, problem: Problem) -> Tensor:
+    """alpha, how much each client counts in the objective: by its number of training examples, or 1/N. They add up to 1. `[N]` float32."""
+    return problem.sizes / problem.sizes.sum() if rule == "samples" else torch.full_like(problem.sizes, 1 / problem.clients)

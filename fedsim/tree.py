@@ -6,8 +6,10 @@ are `Params`) can come out, so nothing is ever unpickled.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -40,6 +42,24 @@ def record(cls: C) -> C:
     return cls
 
 
+class Leaf(ABC):
+    """A leaf of a pytree that is neither a tensor nor a number, and says itself how it is kept in a checkpoint."""
+
+    _known: ClassVar[dict[str, type["Leaf"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls._known[f"{cls.__module__}.{cls.__qualname__}"] = cls
+
+    @abstractmethod
+    def save(self) -> Any:
+        """A pytree of what `load` needs. May leave large things in files of the run folder."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, saved: Any, folder: Path | None) -> "Leaf":
+        """Inverse of `save`; `folder` is the run folder."""
+
+
 def dump(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """Named tensors and a JSON outline of a pytree. Inverse: `load`."""
     arrays: dict[str, Tensor] = {}
@@ -52,6 +72,8 @@ def dump(tree: Any) -> tuple[dict[str, Tensor], Any]:
                 path += "'"
             arrays[path] = node.detach().cpu().contiguous()
             return {"tensor": path}
+        if isinstance(node, Leaf):
+            return {"leaf": f"{type(node).__module__}.{type(node).__qualname__}", "saved": outline(node.save(), path)}
         if isinstance(node, Params):
             return {"params": [[k, outline(v, f"{path}/{k}")] for k, v in node.items()]}
         if dataclasses.is_dataclass(node):
@@ -77,8 +99,8 @@ _BUILD: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
 }
 
 
-def load(arrays: dict[str, Tensor], outline: Any) -> Any:
-    """The pytree that `dump` described."""
+def load(arrays: dict[str, Tensor], outline: Any, folder: Path | None = None) -> Any:
+    """The pytree that `dump` described. `folder` is the run folder, for leaves that left something in it."""
 
     def build(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -87,6 +109,8 @@ def load(arrays: dict[str, Tensor], outline: Any) -> Any:
             if node["record"] not in _RECORDS:
                 raise FedsimError(f"the checkpoint holds a {node['record']}, which this installation does not know")
             return _RECORDS[node["record"]](**{k: build(v) for k, v in node["fields"].items()})
+        if "leaf" in node:
+            return Leaf._known[node["leaf"]].load(build(node["saved"]), folder)
         ((kind, body),) = node.items()
         return arrays[body] if kind == "tensor" else _BUILD[kind](body, build)
 
@@ -115,7 +139,7 @@ def add(a: Any, b: Any) -> Any:
 
 def weighted_sum(tree: Any, weight: Tensor) -> Any:
     """`sum_c weight[c] * leaf[c]` for each leaf. `[C, ...], [C] -> [...]`."""
-    return tree_map(lambda leaf: torch.tensordot(weight.to(leaf.dtype), leaf, dims=1), tree)
+    return tree_map(lambda leaf: torch.tensordot(weight.to(leaf), leaf, dims=1), tree)
 
 
 def nbytes(tree: Any) -> int:

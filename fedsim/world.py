@@ -7,21 +7,33 @@ import os
 from dataclasses import dataclass, replace
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from fedsim import rng
 from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
+from fedsim.fleet import Full, Uniform
 from fedsim.models import realise
 from fedsim.params import Params
 from fedsim.problem import Network, Problem
 from fedsim.scenario import Scenario
-from fedsim.sim.cohort import Mode, choose_mode
+from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
+from fedsim.sim.footprint import footprint
+from fedsim.sim.port import default_chunk
+from fedsim.tree import stack
 from fedsim.types import Batch
 
 LONG = 30.0
 """Estimated seconds of training beyond which `workers: auto` starts Ray, which costs about ten seconds itself."""
+
+
+WORKER = 500 << 20
+"""Bytes that a worker takes up before it trains: the interpreter, PyTorch, and on a GPU its context."""
+
+PER_GPU = 4
+"""Workers that share a GPU at most."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class World:
         w: the initial model.
         mode: how chunks are executed.
         seconds: about how long all training would take on one core; for planning, no result depends on it.
+        workers: Ray workers that the run gets; 0 = none, it stays in this process. No result depends on it either.
     """
 
     data: Federation
@@ -42,7 +55,18 @@ class World:
     problem: Problem
     w: Params
     mode: Mode
-    seconds: float
+    seconds: float = 0.0
+    workers: int = 0
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return str(self.problem.version.device.type)
+
+    def trainer(self, compile: bool = False) -> Trainer:
+        """What trains and evaluates, in this process or on a worker."""
+        data = self.data
+        return Trainer(self.problem, data.x, data.y, data.train, self.mode, Batch(data.test_x, data.test_y), compile)
 
 
 def build(scenario: Scenario) -> World:
@@ -62,21 +86,80 @@ def build(scenario: Scenario) -> World:
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
     problem = Problem(Network(module), data.task, data.sizes, draws, proxy, version=version)
     mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
-    return World(data, labels, problem, w, mode, _estimate(scenario, data, labels, problem, w))
+    return adapt(World(data, labels, problem, w, mode), scenario)
 
 
 def adapt(world: World, scenario: Scenario) -> World:
-    """The world of a scenario that has the same data, model, seed and device; nothing is loaded again."""
-    return replace(world, seconds=_estimate(scenario, world.data, world.labels, world.problem, world.w))
+    """The world of a scenario that has the same data, model, seed and engine as this one's: nothing is loaded again."""
+    rates = _rates(scenario, world.data.clients, world.labels)
+    for i, stage in enumerate(scenario.stages()):
+        if "rates" in stage.strategy.needs and rates is None:
+            where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
+            raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
+    world = replace(world, problem=replace(world.problem, rates=rates))
+    world = replace(world, seconds=_estimate(scenario, world.data, world.labels, world.problem, world.w))
+    return replace(world, workers=_count_workers(scenario, world))
 
 
-def count_workers(scenario: Scenario, world: World) -> int:
-    """How many Ray workers the run gets; 0 = none, it stays in this process."""
-    if scenario.engine.workers != "auto":
-        return scenario.engine.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    workers = cores // scenario.engine.threads
-    return workers if workers > 1 and world.seconds > LONG and world.problem.version.device.type == "cpu" else 0
+def _count_workers(scenario: Scenario, world: World) -> int:
+    """How many Ray workers `auto` means: none for little work, else as many as there are cores (or room on the GPUs) and memory for."""
+    engine = scenario.engine
+    if engine.workers != "auto":
+        return engine.workers
+    if world.seconds <= LONG:
+        return 0
+    each = WORKER + _chunk_bytes(scenario, world)
+    if world.device == "cuda":
+        free = [torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count())]
+        fitting = sum(min(PER_GPU, int(0.9 * room) // each) for room in free)
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        fitting = min(cores // engine.threads, int(0.8 * psutil.virtual_memory().available) // each)
+    return fitting if fitting > 1 else 0
+
+
+def _chunk_bytes(scenario: Scenario, world: World) -> int:
+    """What the largest clients take up while they train as one chunk, measured."""
+    strategy, key = scenario.stages()[0].strategy, rng.fold(scenario.seed, rng.FLEET)
+    sizes = world.data.sizes.numpy()
+    count = min(len(sizes), _chunk_size(scenario, world))
+    largest = np.sort(np.argsort(-sizes, kind="stable")[:count])
+    (job, *_) = strategy.plan(world.problem, strategy.init(world.problem, world.w), largest, key)
+    ids = order(job.program, sizes, job.ids)
+    memory = stack([strategy.memory(world.problem, world.w)] * len(ids))
+    return footprint(world.trainer(), job.program, job.message, Chunk(ids, 0, key, memory, None))
+
+
+def _chunk_size(scenario: Scenario, world: World) -> int:
+    if scenario.engine.chunk != "auto":
+        return scenario.engine.chunk
+    return default_chunk(math.ceil(expected_cohort(scenario, world.data.clients, world.labels)), world.mode)
+
+
+_UNKNOWN_RATES = (
+    "needs the true participation probability of each client, which is not known under this fleet and pace; take a participation other "
+    "than a trace without repeat, and a cohort limit with 'full' or 'uniform' only"
+)
+
+
+def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tensor | None:
+    """The share of rounds in which each client takes part, a mean over the run (over its first thousand rounds), or None if unknown."""
+    participation = scenario.fleet.participation
+    state = participation.start(clients, labels, rng.fold(scenario.seed, rng.FLEET))
+    rounds = min(1000, sum(stage.rounds for stage in scenario.stages()))
+    total = np.zeros(clients)
+    for t in range(rounds):
+        p = participation.probability(state, t)
+        if p is None:
+            return None
+        total += p
+    rates = total / rounds
+    cohort = getattr(scenario.pace, "cohort", None)
+    if cohort is not None and cohort < clients:
+        if not isinstance(participation, (Full, Uniform)):
+            return None  # who is left out depends on how many others are there
+        rates *= min(1.0, cohort / rates.sum())
+    return torch.from_numpy(rates.astype(np.float32))
 
 
 def _estimate(scenario: Scenario, data: Federation, labels: np.ndarray | None, problem: Problem, w: Params) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from fedsim import rng, tree
 from fedsim.data import Data
+from fedsim.data.federation import Proxy
 from fedsim.data.partition import Partition
 from fedsim.data.source import Source
 from fedsim.engine import Pace, Received, Round, Sync, merge, run
@@ -22,7 +23,8 @@ from fedsim.sim.cohort import Trainer
 from fedsim.sim.executor import Inline
 from fedsim.sim.port import SimPort
 from fedsim.strategy import LocalProgram, Strategy, WeightedStrategy
-from fedsim.tree import tree_leaves
+from fedsim.tree import tree_map
+from fedsim.types import Updates
 from fedsim.world import World, build
 
 load_plugins()
@@ -61,6 +63,19 @@ STRATEGIES = {
     "trimmed-mean": Case(strategy("trimmed-mean", local=LOCAL, trim=0.2)),
     "krum": Case(strategy("krum", local=LOCAL)),
     "multi-krum": Case(strategy("krum", local=LOCAL, keep=4)),
+    "fedau": Case(strategy("fedau", local=LOCAL, cutoff=5), rounds=120),
+    "known-p": Case(strategy("known-p", local=LOCAL)),
+    "fedstale": Case(strategy("fedstale", local=LOCAL, beta=0.5), rounds=120),
+    "fedstale known": Case(strategy("fedstale", local=LOCAL, beta=0.2, rates="known"), rounds=120),
+    "fedvarp": Case(strategy("fedvarp", local=LOCAL), rounds=200),
+    "fedawe": Case(strategy("fedawe", local=Sgd(lr=0.05, steps=2, batch_size=10)), rounds=250),
+    "mifa": Case(strategy("mifa", local=LOCAL), rounds=200),
+    "mifa wait": Case(strategy("mifa", local=LOCAL, wait=True), rounds=200),
+    "fedlaw": Case(strategy("fedlaw", local=LOCAL), rounds=60, within=2e-2),
+    "fedlaw quad sgd": Case(strategy("fedlaw", local=LOCAL, form="quad", optimiser="sgd")),
+    "fedlaw swa": Case(strategy("fedlaw", local=LOCAL, order="lambda-then-gamma", swa=True), rounds=60, within=2e-2),
+    "server-finetune": Case(strategy("server-finetune", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
+    "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
 }
 PACES = {"sync": Sync()}
 ROWS = [
@@ -92,6 +107,7 @@ def scenario(chosen: Strategy, seed: int = 0) -> Scenario:
             source=lookup(Source, "least-squares")(clients=12, per_client=20, dim=4, noise=0.0),
             partition=lookup(Partition, "linear")(),
             clients=12,
+            proxy=Proxy(source="test", size=40),
         ),
         model=lookup(Model, "logreg")(bias=False),
         fleet=Fleet(lookup(Participation, "uniform")(clients=8)),
@@ -113,6 +129,11 @@ def rounds(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode=
     return next(itertools.islice(run(chosen, world.problem, world.w, port, pace, rng.fold(seed, 1000), start), count - 1, None))
 
 
+def tensors(state) -> list[torch.Tensor]:
+    """Everything a state holds, the rows of its tables included."""
+    return list(tree.dump(state)[0].values())
+
+
 def same_bits(a, b) -> bool:
     (xs, outline), (ys, other) = tree.dump(a), tree.dump(b)
     return outline == other and xs.keys() == ys.keys() and all(torch.equal(xs[k], ys[k]) for k in xs)
@@ -129,7 +150,7 @@ def test_reaches_the_known_optimum(case, pace, world):
 @every_strategy
 def test_stacked_equals_one_by_one(case, pace, world):
     stacked, single = (rounds(case.strategy, world, 5, pace, mode).state for mode in ("vmap", "loop"))
-    for a, b in zip(tree_leaves(stacked), tree_leaves(single), strict=True):
+    for a, b in zip(tensors(stacked), tensors(single), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -171,6 +192,29 @@ def test_the_order_of_arrivals_is_forgotten(case, pace, world):
     assert same_bits(case.strategy.server(world.problem, state, shuffled, 9), case.strategy.server(world.problem, state, updates, 9))
 
 
+@every_strategy
+def test_a_state_is_a_value_that_later_rounds_do_not_change(case, pace, world):
+    """What a server makes of a state and updates is the same after the state was used for something else, and after what came of it was."""
+    received, start = one_round(case, world)
+    updates, problem = received.updates, world.problem
+    first = case.strategy.server(problem, start, updates, 9)
+    before = tree.dump(first)[0]
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    opposite = Updates(updates.arrivals, tree_map(lambda leaf: -leaf, updates.payload))
+    for state in (start, first, case.strategy.server(problem.at(1), first, opposite, 10)):
+        case.strategy.server(problem.at(2), state, opposite, 11)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tree.dump(first)[0].items())
+    assert same_bits(case.strategy.server(problem, start, updates, 9), first)
+
+
+@every_strategy
+def test_a_report_is_numbers_and_one_value_an_arrival(case, pace, world):
+    received, start = one_round(case, world)
+    after = case.strategy.server(world.problem, start, received.updates, 9)
+    for name, value in case.strategy.report(world.problem, start, after, received.arrivals).items():
+        assert isinstance(value, float) or value.shape == (8,), name
+
+
 WEIGHTED = [row for row in ROWS if isinstance(row.values[0].strategy, WeightedStrategy)]
 
 
@@ -181,7 +225,7 @@ def test_summing_where_updates_arise_equals_summing_on_the_server(case, pace, wo
     assert summed.updates is None
     here = case.strategy.server(world.problem, state, kept.updates, 9)
     there = case.strategy.apply(world.problem, state, summed.total, summed.arrivals, 9)
-    for a, b in zip(tree_leaves(here), tree_leaves(there), strict=True):
+    for a, b in zip(tensors(here), tensors(there), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def inline(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize(("settings", "workers"), [(DENSE, 1), (DENSE, 2), (DENSE, 3), (CONVOLUTIONAL, 2)])
+@pytest.mark.parametrize(("settings", "workers"), [(DENSE, 1), (DENSE, 2), (DENSE, 3), (DENSE, 4), (CONVOLUTIONAL, 2)])
 def test_the_answer_does_not_depend_on_the_number_of_workers(settings, workers, inline, tmp_path):
     assert result(quickstart(*settings, f"engine.workers={workers}"), tmp_path / "run") == inline[settings]
 
@@ -78,7 +79,7 @@ def states(world, executor, rounds: int, strategy, key=5, interrupt=None):
 
 
 def trainer_of(world) -> Trainer:
-    return Trainer(world.problem, world.data.x, world.data.y, world.data.train, world.mode)
+    return world.trainer()
 
 
 def test_a_killed_worker_changes_nothing():
@@ -102,6 +103,43 @@ def test_a_killed_worker_changes_nothing():
     assert all(torch.equal(xs[name], ys[name]) for name in ys)
 
 
+def test_compiled_steps_give_the_same_bits_on_workers_of_which_one_was_killed():
+    scenario = quickstart(*DENSE, "model=logreg")
+    world = build(scenario)
+    trainer = world.trainer(compile=True)
+    expected = list(states(world, Inline(trainer), 3, scenario.strategy))[-1].state
+    pool = RayPool(world.trainer(compile=True), workers=2)
+    try:
+        pids = pool.pids
+
+        def kill(version: int) -> None:
+            if version == 1:
+                os.kill(pids[1], signal.SIGKILL)
+
+        last = list(states(world, pool, 3, scenario.strategy, interrupt=kill))[-1].state
+        assert pids[1] not in pool.pids
+    finally:
+        pool.close()
+    assert all(torch.equal(last.w[name], expected.w[name]) for name in expected.w)
+    stepped = list(states(world, Inline(trainer_of(world)), 3, scenario.strategy))[-1].state
+    for name, value in stepped.w.items():
+        torch.testing.assert_close(last.w[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_auto_starts_as_many_workers_as_there_are_cores_and_memory_for(monkeypatch):
+    long = quickstart("engine.workers=auto", "rounds=1000000")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    assert build(quickstart("engine.workers=auto")).workers == 0  # too little work
+    assert build(quickstart("engine.workers=3")).workers == 3
+    assert build(long).workers == 8
+    assert build(replace(long, engine=replace(long.engine, threads=3))).workers == 2
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 << 30))
+    assert build(long).workers == 4  # half a gibibyte each
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 29))
+    assert build(long).workers == 0
+
+
 @dataclass(frozen=True)
 class Sleepy(Sgd):
     """SGD that hangs until the file `woken` is there; it makes the file itself, so the second attempt runs."""
@@ -119,7 +157,7 @@ def test_a_worker_that_hangs_is_replaced_and_changes_nothing(tmp_path):
     scenario = quickstart(*DENSE)
     world = build(scenario)
     expected = list(states(world, Inline(trainer_of(world)), 2, scenario.strategy))[-1].state
-    pool = RayPool(trainer_of(world), workers=2, patience=Patience(timeout=4))
+    pool = RayPool(trainer_of(world), workers=2, patience=Patience(timeout=8))
     try:
         sleepy = replace(scenario.strategy, local=Sleepy(**vars(scenario.strategy.local), woken=str(tmp_path / "woken")))
         before = set(pool.pids)

@@ -22,8 +22,28 @@ from fedsim.strategy import LocalProgram, Strategy
 
 ROOT = Path(__file__).parents[1] / "scenarios"
 FILES = sorted(path for path in ROOT.rglob("*.yaml") if not is_study(path))
-PAPERS = ["fedadagrad", "fedadam", "fedavg", "fedavg-cnn", "fedavgm", "fedprox", "fedyogi", "krum", "median", "scaffold", "trimmed-mean"]
-EXPECTED = {"quickstart", "studies/million", *(f"papers/{name}" for name in PAPERS)}
+PAPERS = [
+    "fedadagrad",
+    "fedadam",
+    "fedau",
+    "fedavg",
+    "fedavg-cnn",
+    "fedavgm",
+    "feddf",
+    "fedlaw",
+    "fedprox",
+    "fedstale",
+    "fedvarp",
+    "fedyogi",
+    "known-p",
+    "krum",
+    "median",
+    "mifa",
+    "scaffold",
+    "server-finetune",
+    "trimmed-mean",
+]
+EXPECTED = {"quickstart", "studies/million", "studies/pfl_cifar10", *(f"papers/{name}" for name in PAPERS)}
 
 everyone = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 

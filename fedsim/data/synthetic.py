@@ -51,6 +51,31 @@ class Synthetic(Source):
         return Dataset(Classification(10), _join(train), _join(test), groups=_owners(train), group_names=_names(self.clients))
 
 
+@register("synthetic-images")
+@dataclass(frozen=True)
+class SyntheticImages(Source):
+    """Made-up pictures: noise around one faint pattern a class. Something to learn of any size and number, to measure speed with.
+
+    pattern_k ~ U(0, signal),  y ~ U{0, ..., classes - 1},  x = pattern_y + U(-1/2, 1/2)     (pixel by pixel)
+    """
+
+    train: Annotated[int, Gt(0)] = 10_000
+    test: Annotated[int, Gt(0)] = 1_000
+    shape: tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)], Annotated[int, Gt(0)]] = (3, 32, 32)
+    classes: Annotated[int, Gt(1)] = 10
+    signal: Annotated[float, Ge(0)] = 0.05
+
+    def load(self, root: Path, key: rng.Key) -> Dataset:
+        draw = rng.generator(key)
+        patterns = self.signal * draw.random((self.classes, *self.shape), dtype=np.float32)
+        y = draw.integers(self.classes, size=self.train + self.test)
+        x = draw.random((len(y), *self.shape), dtype=np.float32)
+        x -= 0.5
+        x += patterns[y]
+        cut = self.train
+        return Dataset(Classification(self.classes), Examples(x[:cut], y[:cut]), Examples(x[cut:], y[cut:]))
+
+
 @register("least-squares")
 @dataclass(frozen=True)
 class LeastSquares(Source):

@@ -1,11 +1,12 @@
 """F3. The zoo of networks, and how one becomes a pure function: see README.md.
 
-Importing this package registers every model. `realise` builds one; `loops` and `vmappable` say how clients may be executed.
+Importing this package registers every model. `realise` builds one; `loops`, `vmappable` and `chain_of` say how clients may be executed.
 """
 
 from fedsim.models import attention, convolution, dense, python, recurrent, residual  # noqa: F401  (imported to register)
+from fedsim.models.chain import Link, chain_of
 from fedsim.models.dropout import Dropout
 from fedsim.models.model import Model, realise
 from fedsim.models.surgery import loops, vmappable
 
-__all__ = ["Dropout", "Model", "loops", "realise", "vmappable"]
+__all__ = ["Dropout", "Link", "Model", "chain_of", "loops", "realise", "vmappable"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedsim.engine import Port, Received, Weigh, merge
 from fedsim.fleet import Participation
 from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
 from fedsim.sim.executor import Executor, Failure
-from fedsim.sim.memory import Memory
+from fedsim.table import IN_RAM, Storage, Table
 from fedsim.tree import nbytes, rows
 from fedsim.types import Arrivals, Job, Updates
 
@@ -37,6 +38,7 @@ class SimPort(Port):
         blank: the device memory of a client that never took part.
         chunk: clients in a chunk, or None for `default_chunk`.
         key: the run's key, in the FLEET domain.
+        storage: where device memory is kept.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class SimPort(Port):
         blank: Any,
         chunk: int | None,
         key: rng.Key,
+        storage: Storage = IN_RAM,
     ):
         self._executor = executor
         self._participation = participation
@@ -56,8 +59,9 @@ class SimPort(Port):
         self._key = key
         self._t = 0
         self._fleet = participation.start(len(sizes), labels, key)
-        self._memory = Memory(blank, len(sizes))
+        self._memory = Table.of(blank, len(sizes), storage)
         self._outbox: list[_Sent] = []
+        self._cut = False
 
     def idle(self) -> np.ndarray:
         available, self._fleet = self._participation.active(self._fleet, self._t, self._key)
@@ -81,15 +85,30 @@ class SimPort(Port):
             weight = weigh(self._arrivals(part, sent.version)) if weigh else None
             chunks.append(Chunk(part, sent.version, sent.key, self._memory.get(part), weight))
         out = []
-        for chunk, reply in zip(chunks, self._executor.map("train", (program, message), chunks), strict=True):
+        replies = self._executor.map("train", (program, message), chunks)
+        self._say_if_cut(chunks, replies)
+        for chunk, reply in zip(chunks, replies, strict=True):
             if isinstance(reply, Failure):
                 out.append(Received(lost=dict.fromkeys(chunk.ids.tolist(), reply.reason), bytes_down=nbytes(message) * len(chunk.ids)))
                 continue
             accepted = chunk.ids[reply.accepted]
             if len(accepted):
-                self._memory.put(accepted, reply.memory)
+                self._memory = self._memory.put(accepted, reply.memory)
             out.append(_received(self._arrivals(accepted, sent.version), chunk, reply, nbytes(message)))
         return out
+
+    def _say_if_cut(self, chunks: list[Chunk], replies: list[ChunkReply | Failure]) -> None:
+        """Say once that chunks did not fit into a GPU's memory."""
+        parts = max((reply.parts for reply in replies if isinstance(reply, ChunkReply)), default=1)
+        if parts > 1 and not self._cut:
+            self._cut = True
+            size = max(len(chunk.ids) for chunk in chunks)
+            warnings.warn(
+                f"{size} clients do not fit into the GPU's memory together: they run in {parts} parts, with the same sums; "
+                f"engine.chunk: {max(1, size // parts)}, or fewer workers a GPU, would save the detour",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _arrivals(self, ids: np.ndarray, version: int) -> Arrivals:
         versions = torch.full((len(ids),), version)
@@ -106,13 +125,13 @@ class SimPort(Port):
     def save(self) -> dict[str, Any]:
         """What a checkpoint needs: the clock, who is where, and what devices remember."""
         fleet = {name: torch.from_numpy(np.asarray(values)) for name, values in self._fleet.items()}
-        return {"t": self._t, "fleet": fleet, "memory": self._memory.save()}
+        return {"t": self._t, "fleet": fleet, "memory": self._memory}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Inverse of `save`."""
         self._t = saved["t"]
         self._fleet = {name: values.numpy() for name, values in saved["fleet"].items()}
-        self._memory.restore(saved["memory"])
+        self._memory = saved["memory"]
 
 
 def default_chunk(cohort: int, mode: Mode) -> int:

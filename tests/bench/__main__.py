@@ -1,4 +1,4 @@
-"""`python -m tests.bench CASE... [--against flower,pfl,bare,crowded,central]`, and `python -m tests.bench profile CASE`."""
+"""`python -m tests.bench CASE... [--against flower,pfl,bare,crowded,central]`, and `python -m tests.bench profile|memory|scaling CASE`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["profile"]:
         return _profile(arguments[1:])
+    if arguments[:1] == ["memory"]:
+        return _memory(arguments[1:])
+    if arguments[:1] == ["scaling"]:
+        return _scaling(arguments[1:])
     return _compare(arguments)
 
 
@@ -38,6 +42,33 @@ def _profile(arguments: list[str]) -> int:
     from tests.bench.profile import profile
 
     profile(CASES[args.case], args.rounds, args.workers, tuple(args.overrides), Console())
+    return 0
+
+
+def _memory(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench memory", description="Whether memory grows with rounds.")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--rounds", type=int, default=500, help="rounds to run (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="0 = in this process (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE", help="as in `fedsim run`")
+    args = parser.parse_args(arguments)
+    from tests.bench.memory import memory
+
+    memory(CASES[args.case], args.rounds, args.workers, tuple(args.overrides), Console())
+    return 0
+
+
+def _scaling(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench scaling", description="Rounds an hour on a cluster: a model.")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--cohort", type=int, default=10_000, help="clients a round (%(default)s); the population only costs memory")
+    parser.add_argument("--chunk", type=int, default=10, help="clients a chunk (%(default)s)")
+    parser.add_argument("--gigabits", type=float, default=25, help="bandwidth of a node a second (%(default)s)")
+    parser.add_argument("--chunk-seconds", type=float, help="what a chunk costs on one worker; the default is measured here")
+    args = parser.parse_args(arguments)
+    from tests.bench.scaling import scaling
+
+    scaling(CASES[args.case], args.cohort, args.chunk, args.gigabits, args.chunk_seconds, Console(width=120))
     return 0
 
 

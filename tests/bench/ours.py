@@ -20,7 +20,7 @@ from fedsim.data import Dataset, Examples, Source
 from fedsim.folder import Folder
 from fedsim.problem import Classification
 from fedsim.registry import register
-from fedsim.scenario import load
+from fedsim.scenario import Scenario, load
 from fedsim.world import build
 from tests.bench.cases import CASES, CLASSES, Case, Clock, images, module, parameters
 
@@ -58,13 +58,19 @@ def scenario_of(case: Case, rounds: int, workers: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def rows(case: Case, rounds: int, workers: int, settings: tuple[str, ...] = ()) -> Generator[tuple[Any, dict[str, Any]]]:
-    """The rows that a run yields, and what is to be known about it. Row 0 is the first model."""
+def load_case(case: Case, rounds: int = 1, workers: int = 0, settings: tuple[str, ...] = ()) -> Scenario:
+    """The case as a validated scenario."""
     with tempfile.TemporaryDirectory(prefix="fedsim-bench-") as place:
         file = Path(place, "scenario.yaml")
         file.write_text(json.dumps(scenario_of(case, rounds, workers)))
-        scenario, _ = load(file, settings)
+        return load(file, settings)[0]
+
+
+@contextmanager
+def rows(case: Case, rounds: int, workers: int, settings: tuple[str, ...] = ()) -> Generator[tuple[Any, dict[str, Any]]]:
+    """The rows that a run yields, and what is to be known about it. Row 0 is the first model."""
+    scenario = load_case(case, rounds, workers, settings)
+    with tempfile.TemporaryDirectory(prefix="fedsim-bench-") as place:
         world = build(scenario)
         if world.w.size != parameters(module(case)):
             raise ValueError(f"{case.name}: fedsim's network has {world.w.size} parameters, the others' {parameters(module(case))}")

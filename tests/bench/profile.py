@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as trace
 
 from fedsim.local import Sgd
+from fedsim.sim import cohort
 from tests.bench.cases import Case
 from tests.bench.ours import rows
 
@@ -31,10 +32,19 @@ class Stopwatch:
 
 
 @contextmanager
-def watched(owner: type, name: str) -> Iterator[Stopwatch]:
-    """Count the time spent in a method of a class."""
-    inner, watch = getattr(owner, name), Stopwatch()
+def watched(*functions: tuple[Any, str]) -> Iterator[Stopwatch]:
+    """Count the time spent in functions, each given as its owner (a class or a module) and its name."""
+    watch, before = Stopwatch(), [(owner, name, getattr(owner, name)) for owner, name in functions]
+    for owner, name, inner in before:
+        setattr(owner, name, _timed(inner, watch))
+    try:
+        yield watch
+    finally:
+        for owner, name, inner in before:
+            setattr(owner, name, inner)
 
+
+def _timed(inner: Any, watch: Stopwatch) -> Any:
     @wraps(inner)
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -44,11 +54,7 @@ def watched(owner: type, name: str) -> Iterator[Stopwatch]:
             watch.seconds += time.perf_counter() - start
             watch.calls += 1
 
-    setattr(owner, name, timed)
-    try:
-        yield watch
-    finally:
-        setattr(owner, name, inner)
+    return timed
 
 
 def profile(case: Case, rounds: int, workers: int, settings: tuple[str, ...], console: Console) -> None:
@@ -63,7 +69,7 @@ def _shares(case: Case, rounds: int, workers: int, settings: tuple[str, ...], co
     with rows(case, rounds + 3, workers, settings) as (training, about):
         _skip(training, 2)
         for _ in range(rounds):
-            with watched(Sgd, "step") as watch:
+            with watched((Sgd, "step"), (cohort, "descend"), (cohort, "descend_alone")) as watch:
                 start = time.perf_counter()
                 next(training)
                 whole.append(time.perf_counter() - start)
@@ -72,11 +78,11 @@ def _shares(case: Case, rounds: int, workers: int, settings: tuple[str, ...], co
     total, steps = 1000 * median(whole), 1000 * median(inside)
     console.rule(f"{case.name}, mode {about['mode']}, {workers} workers: one round")
     if calls == 0:
-        console.print(f"round {total:.1f} ms; Sgd.step was not called in this process, so its share is unknown", highlight=False)
+        console.print(f"round {total:.1f} ms; no step was taken in this process, so their share is unknown", highlight=False)
         return
     rest = total - steps
     console.print(
-        f"round {total:.1f} ms = {steps:.1f} ms in {calls} calls of Sgd.step + {rest:.1f} ms outside "
+        f"round {total:.1f} ms = {steps:.1f} ms of steps in {calls} calls + {rest:.1f} ms outside "
         f"({100 * rest / total:.0f} %, {rest / case.cohort:.3f} ms a client, {rest / case.cohort / case.steps:.4f} ms a client-step)",
         highlight=False,
     )
