@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from fedsim.bundle import bundled_studies
 from fedsim.cli import app
 from fedsim.compare import Event, compare
 from fedsim.document import InvalidScenario
@@ -223,7 +224,9 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch:
     assert all("on purpose" in (c.run.failure or "") for c in results.cells if c.run and c.label == "gentle")
     write_report(tmp_path / "study")
     assert "on purpose" in (tmp_path / "study" / "report.html").read_text()
-    mended = "import math\nfrom torch import nn\ndef net(shape, outputs):\n    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), outputs))\n"
+    mended = (
+        "from torch import nn\ndef net(shape, outputs):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n"  # 8 x 8 pixels
+    )
     (tmp_path / "breaking.py").write_text(mended)
     monkeypatch.delitem(sys.modules, "breaking")
     assert [e.status for e in run(plan_of(tmp_path, text), tmp_path / "study")] == ["kept", "done", "kept"] * 2
@@ -404,3 +407,15 @@ def test_a_study_from_the_command_line_alone(tmp_path: Path, monkeypatch: pytest
     assert fedsim("compare", "quickstart", "--strategies", "fedavg,fedprocs").stderr.startswith(
         "error: --strategies: strategy.name: there is"
     )
+
+
+STUDIES = {"aggregation": 48, "participation": 35, "proxy": 40, "quick": 12, "robustness": 30}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_that_come_along_are_valid_in_every_cell(name: str) -> None:
+    assert set(bundled_studies()) == {f"studies/{each}" for each in STUDIES}
+    plan = load_study(bundled_studies()[f"studies/{name}"])
+    assert plan.study.study == name
+    assert len(plan.cells()) == STUDIES[name]
+    assert plan.study.asks.endswith("?")
