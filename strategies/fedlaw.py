@@ -17,6 +17,7 @@ z, x and the optimiser start afresh in every round. gamma is free to be above 1.
 
     order: joint               z and x together, `epochs` long
            lambda-then-gamma   z for half of the epochs (gamma = 1), then x for the other half
+           lambda              z alone, `epochs` long: gamma stays 1; not the paper's
     swa:   the first half takes the mean of z over the ends of its epochs from the seventh on, with the rate rising towards 0.05
 
 Differs: a client's momentum starts at zero in each round (in the authors' code it lives on); dropout is off on the server; a client trains
@@ -112,11 +113,11 @@ class FedLAW(Strategy):
     lr: Annotated[float, Gt(0)] = 0.005
     epochs: Count = 20
     batch_size: Count | None = 128
-    order: Literal["joint", "lambda-then-gamma"] = "joint"
+    order: Literal["joint", "lambda-then-gamma", "lambda"] = "joint"
     swa: bool = False
 
     def __post_init__(self) -> None:
-        if self.swa and self.order == "joint":
+        if self.swa and self.order != "lambda-then-gamma":
             raise ValueError("swa: averages lambda before gamma is learned; set order: lambda-then-gamma")
         if self.order == "lambda-then-gamma" and self.epochs < (least := 2 * SWA_FROM if self.swa else 2):
             raise ValueError(f"epochs: half of them are for lambda, so there must be at least {least}")
@@ -130,8 +131,8 @@ class FedLAW(Strategy):
         mixture = Mixture(self.form, state.w.vector(), updates.payload.flat())
         z, x = mixture.start(updates.arrivals.n)
         before = loss(problem, state.w.from_flat(mixture.model(z, x)), proxy)
-        if self.order == "joint":
-            self._descend(problem, state.w, mixture, z, x, (z, x), self.epochs, key)
+        if self.order != "lambda-then-gamma":
+            self._descend(problem, state.w, mixture, z, x, (z, x) if self.order == "joint" else (z,), self.epochs, key)
         else:
             z = self._descend(problem, state.w, mixture, z, x, (z,), self.epochs // 2, fold(key, 0))
             self._descend(problem, state.w, mixture, z, x, (x,), self.epochs // 2, fold(key, 1))

@@ -204,6 +204,12 @@ def test_gamma_makes_the_mean_as_long_as_the_proxy_data_want_it(form):
     close(state.gamma, 1, within=1e-12)
 
 
+def test_lambda_alone_leaves_gamma_at_one():
+    (state,) = rounds(FedLAW(JUMP, order="lambda"), with_proxy(jumpers(TARGETS)), 1)
+    assert float(state.gamma) == 1
+    assert float(state.weights[0]) > 1 / 3  # the target nearest to what the proxy data say
+
+
 def test_coherence_by_hand():
     """Of (1, 0), (0, 2), (3, 3): 0, s, s with s = 1 / sqrt 2; with their mean (4, 5) / 3: 4 / r, 5 / r, 9 s / r with r = sqrt 41."""
     s, r = 2**-0.5, 41**0.5

@@ -29,6 +29,7 @@ PAPERS = [
     "fedavg",
     "fedavg-cnn",
     "fedavgm",
+    "fedawe",
     "feddf",
     "fedlaw",
     "fedprox",
