@@ -41,7 +41,7 @@ def load(name, root=ROOT, key=0, **fields):
 
 
 def test_catalogue():
-    assert len(Source.choices) == 18
+    assert len(Source.choices) == 19
     assert all(first_line(c) for c in Source.choices.values())
     with pytest.raises(ValidationError, match="vocabulry"):
         make("banking77", vocabulry=3)
@@ -340,6 +340,18 @@ def test_synthetic_is_keyed_and_natural():
     # Inputs' deviations are j^-0.6 around each client's centre.
     mine = one.train.x[one.groups == sizes.argmax()].astype(np.float64)
     assert mine[:, 0].std() > 3 * mine[:, 30].std()
+
+
+def test_synthetic_images_are_keyed_and_lie_around_one_pattern_a_class():
+    one, again, other = (load("synthetic-images", key=k, train=4000, test=50, shape=(1, 4, 5), signal=0.5) for k in (1, 1, 2))
+    assert one.train.x.shape == (4000, 1, 4, 5)
+    assert one.test.x.shape == (50, 1, 4, 5)
+    assert (one.train.x == again.train.x).all()
+    assert not (one.train.x == other.train.x).all()
+    means = np.stack([one.train.x[one.train.y == k].mean(0) for k in range(10)])
+    assert -0.1 < means.min() < means.max() < 0.6  # U(0, 1/2), give or take 5 deviations of a mean of 400
+    noise = one.train.x - means[one.train.y]
+    assert abs(noise.std() - 12**-0.5) < 0.01
 
 
 @pytest.mark.parametrize("heterogeneity", [0.0, 2.0])
