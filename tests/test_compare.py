@@ -219,7 +219,7 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch:
     assert all("on purpose" in (c.run.failure or "") for c in results.cells if c.run and c.label == "gentle")
     write_report(tmp_path / "study")
     assert "on purpose" in (tmp_path / "study" / "report.html").read_text()
-    (tmp_path / "breaking.py").write_text("from torch import nn\ndef net(shape, outputs):\n    return nn.Linear(shape[0], outputs)\n")
+    (tmp_path / "breaking.py").write_text("from torch import nn\ndef net(shape, outputs):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n")
     monkeypatch.delitem(sys.modules, "breaking")
     assert [e.status for e in run(plan_of(tmp_path, text), tmp_path / "study")] == ["kept", "done", "kept"] * 2
     assert read_study(tmp_path / "study").count("failed") == 0
