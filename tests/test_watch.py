@@ -1,0 +1,137 @@
+"""The page that watches runs: what it lists, and that it is for this machine only and only reads."""
+
+import http.client
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsim.cli import app
+from fedsim.errors import FedsimError
+from fedsim.folder import Folder
+from fedsim.watch import open_server, runs_below
+
+FAST = ("--set", "rounds=4", "--set", "evaluate.every=2", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("here") / "runs"
+    for name in ("one", "in/two words"):
+        assert CliRunner().invoke(app, ["run", "quickstart", *FAST, "--output", str(root / name)]).exit_code == 0
+    secret = root.parent / "secret"
+    secret.mkdir()
+    (secret / "scenario.yaml").write_text("name: secret\n")
+    (root / "link").symlink_to(secret)
+    broken = root / "broken"
+    broken.mkdir()
+    (broken / "scenario.yaml").write_text("{")
+    return root
+
+
+@pytest.fixture(scope="module")
+def port(runs: Path) -> Iterator[int]:
+    server = open_server(runs, 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield int(server.server_address[1])  # type: ignore[index]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def get(port: int, path: str, method: str = "GET", host: str | None = None) -> tuple[int, str, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request(method, path, headers={"Host": host or f"127.0.0.1:{port}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(), answer.headers
+    finally:
+        connection.close()
+
+
+def test_it_lists_runs_with_their_curves(port: int) -> None:
+    status, body, headers = get(port, "/runs")
+    assert status == 200
+    assert headers["Content-Type"] == "application/json; charset=utf-8"
+    listed = {run["name"]: run for run in json.loads(body)["runs"]}
+    assert set(listed) == {"one", "in/two words", "broken"}
+    one = listed["one"]
+    assert (one["state"], one["round"], one["rounds"], one["metric"], one["x"]) == ("finished", 4, 4, "test.accuracy", [0, 2, 4])
+    assert one["value"] == one["y"][-1]
+    assert listed["broken"]["state"] == "unreadable"
+
+
+def test_a_report_is_rendered_when_asked_for(port: int) -> None:
+    status, body, _ = get(port, "/report/in/two%20words")
+    assert status == 200
+    assert "<title>quickstart · fedsim</title>" in body
+    assert get(port, "/report/broken")[0] == 500
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/report/../secret",
+        "/report/..%2fsecret",
+        "/report/%2e%2e/secret",
+        "/report/link",
+        "/report//etc/passwd",
+        "/report/one/../../secret",
+        "/../../etc/passwd",
+        "/report/one/scenario.yaml",
+        "/scenario.yaml",
+        "/report/",
+        "/report/%00",
+    ],
+)
+def test_no_path_leads_out(port: int, path: str) -> None:
+    status, body, _ = get(port, path)
+    assert (status, body) == (404, "no such page\n")
+
+
+def test_it_answers_nobody_who_names_it_otherwise(port: int) -> None:
+    assert get(port, "/runs", host="evil.example")[0] == 403
+    assert get(port, "/runs", host=f"localhost:{port}")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_it_only_reads(port: int, method: str) -> None:
+    assert get(port, "/runs", method)[0] == 501
+
+
+def test_every_page_forbids_requests_to_others(port: int) -> None:
+    for path in ("/", "/runs", "/plotly.js", "/report/one"):
+        policy = get(port, path)[2]["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "http" not in policy
+
+
+def test_it_listens_on_this_machine_only(runs: Path) -> None:
+    server = open_server(runs, 0)
+    assert server.server_address[0] == "127.0.0.1"  # type: ignore[index]
+    with pytest.raises(FedsimError, match=r"port \d+ cannot be used: .*; choose another with --port"):
+        open_server(runs, int(server.server_address[1]))  # type: ignore[index]
+    server.server_close()
+    with pytest.raises(FedsimError, match="no such folder"):
+        open_server(runs / "none", 0)
+
+
+def test_a_run_at_work_is_told_from_one_that_was_left(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "left"
+    folder.mkdir()
+    (folder / "scenario.yaml").write_bytes((runs / "one" / "scenario.yaml").read_bytes())
+    log = "\n".join((runs / "one" / "metrics.jsonl").read_text().splitlines()[:2]) + "\n"
+    (folder / "metrics.jsonl").write_text(log)
+    (left,) = runs_below(tmp_path)
+    assert (left["state"], left["round"]) == ("unfinished", 1)
+    held = Folder(folder)
+    held.lock()
+    os.utime(folder / "metrics.jsonl", (time.time() + 5, time.time() + 5))
+    assert runs_below(tmp_path)[0]["state"] == "running"
+    held.unlock()
