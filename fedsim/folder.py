@@ -106,7 +106,11 @@ class Folder:
             text = (self.path / f"{name}.jsonl").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = text.split("\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise FedsimError(f"{self.path / name}.jsonl: cannot be read: {error}") from None
 
     def rewind(self, round: int) -> None:
         """Forget what was logged after `round`."""

@@ -139,3 +139,46 @@ def test_a_run_tells_its_trackers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert [options["step"] for _, _, options in logged] == [0, 1, 2]
     assert "test.accuracy" in logged[-1][1]
     assert calls[-1] == ("finish", {"exit_code": 0})
+
+
+# Trackers that fail
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, where: str) -> list[str]:
+    """A W&B that raises in one of its functions."""
+    calls: list[str] = []
+
+    def step(name: str) -> Any:
+        def call(*_: Any, **__: Any) -> Any:
+            calls.append(name)
+            if name == where:
+                raise ConnectionError("the server is gone")
+            return types.SimpleNamespace(log=step("log"), finish=step("finish"))
+
+        return call
+
+    module: Any = types.ModuleType("wandb")
+    module.init = step("init")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+@pytest.mark.parametrize(("where", "calls"), [("log", ["init", "log"]), ("finish", ["init", "log", "log", "finish"])])
+def test_a_tracker_that_fails_does_not_lose_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, calls: list[str]
+) -> None:
+    told = breaking(monkeypatch, where)
+    others = stand_in(monkeypatch, "mlflow")
+    assert list(tracked(ROWS, scenario("wandb", "mlflow"), tmp_path)) == ROWS
+    assert told == calls
+    assert [c[0] for c in others][-3:] == ["log_metrics", "log_metrics", "end_run"], "the others are told on"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: the tracker wandb failed and is told nothing more: ConnectionError: the server is gone"
+
+
+def test_a_tracker_that_does_not_start_stops_the_run_and_closes_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    breaking(monkeypatch, "init")
+    others = stand_in(monkeypatch, "mlflow")
+    with pytest.raises(FedsimError, match=r"output\.trackers: wandb does not start: ConnectionError: the server is gone"):
+        next(tracked(ROWS, scenario("mlflow", "wandb"), tmp_path))
+    assert others[-1] == ("end_run", "KILLED")

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@contextmanager
+def serving(root: Path) -> Iterator[int]:
+    server = open_server(root, 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield int(server.server_address[1])  # type: ignore[index]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @pytest.fixture(scope="module")
 def port(runs: Path) -> Iterator[int]:
-    server = open_server(runs, 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield int(server.server_address[1])  # type: ignore[index]
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(runs) as port:
+        yield port
 
 
 def get(port: int, path: str, method: str = "GET", host: str | None = None) -> tuple[int, str, http.client.HTTPMessage]:
@@ -86,6 +95,7 @@ def test_a_report_is_rendered_when_asked_for(port: int) -> None:
         "/../../etc/passwd",
         "/report/one/scenario.yaml",
         "/scenario.yaml",
+        "/report/.",
         "/report/",
         "/report/%00",
     ],
@@ -96,13 +106,31 @@ def test_no_path_leads_out(port: int, path: str) -> None:
 
 
 def test_it_answers_nobody_who_names_it_otherwise(port: int) -> None:
-    assert get(port, "/runs", host="evil.example")[0] == 403
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port}.evil.example", f"[::1]:{port}"):
+        assert get(port, "/runs", host=host)[0] == 403
+        assert get(port, "/report/one", host=host)[0] == 403
     assert get(port, "/runs", host=f"localhost:{port}")[0] == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_it_only_reads(port: int, method: str) -> None:
     assert get(port, "/runs", method)[0] == 501
+
+
+def test_a_head_has_no_body(port: int) -> None:
+    status, body, headers = get(port, "/", "HEAD")
+    assert (status, body) == (200, "")
+    assert int(headers["Content-Length"]) > 1000
+
+
+def test_nothing_is_written(port: int, runs: Path) -> None:
+    def everything() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(runs.rglob("*"))}
+
+    before = everything()
+    for path in ("/", "/runs", "/plotly.js", "/report/one", "/report/broken", "/none"):
+        get(port, path)
+    assert everything() == before
 
 
 def test_every_page_forbids_requests_to_others(port: int) -> None:
@@ -135,3 +163,36 @@ def test_a_run_at_work_is_told_from_one_that_was_left(runs: Path, tmp_path: Path
     os.utime(folder / "metrics.jsonl", (time.time() + 5, time.time() + 5))
     assert runs_below(tmp_path)[0]["state"] == "running"
     held.unlock()
+    assert runs_below(tmp_path)[0]["state"] == "unfinished", "it ended without a word in its log"
+
+
+def test_new_rows_are_in_the_next_answer(runs: Path, tmp_path: Path) -> None:
+    lines = (runs / "one" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "scenario.yaml").write_bytes((runs / "one" / "scenario.yaml").read_bytes())
+    with serving(tmp_path) as port:
+        seen = []
+        with open(tmp_path / "metrics.jsonl", "a") as log:
+            for i, line in enumerate(lines):
+                log.write(line + '{"torn')  # the row that is being written
+                log.flush()
+                os.utime(tmp_path / "metrics.jsonl", (1000 + i, 1000 + i))  # clocks of file systems tick slowly
+                (run,) = json.loads(get(port, "/runs")[1])["runs"]
+                seen.append((run["round"], run["x"]))
+                log.seek(0)
+                log.truncate(sum(map(len, lines[: i + 1])))
+        assert seen == [(0, [0]), (1, [0]), (2, [0, 2]), (3, [0, 2]), (4, [0, 2, 4])]
+        assert run["age"] > 1e6
+        assert get(port, "/report/")[0] == 200, "what a browser makes of /report/."
+
+
+def test_one_damaged_run_does_not_hide_the_others(runs: Path, tmp_path: Path) -> None:
+    for name in ("good", "damaged"):
+        (tmp_path / name).mkdir()
+        for file in ("scenario.yaml", "metrics.jsonl"):
+            (tmp_path / name / file).write_bytes((runs / "one" / file).read_bytes())
+    with open(tmp_path / "damaged" / "metrics.jsonl", "a") as log:
+        log.write("{damaged}\n")
+    states = {run["name"]: (run["state"], run.get("why", "")) for run in runs_below(tmp_path)}
+    assert states["good"][0] == "unfinished"
+    assert states["damaged"][0] == "unreadable"
+    assert "metrics.jsonl: cannot be read" in states["damaged"][1]
