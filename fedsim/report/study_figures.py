@@ -65,7 +65,7 @@ def curves(comparison: Comparison, setting: str) -> Figure | None:
         traces.append(line(rounds, table.mean(0).tolist(), label, i))
     if not traces:
         return None
-    layout: dict[str, Any] = {"xaxis": axis("round"), "yaxis": axis(name_of(results.metric)), "hovermode": "x unified"}
+    layout: dict[str, Any] = {"xaxis": axis("round"), "yaxis": axis(name_of(results.metric))}
     if results.study.get("target") is not None:
         layout |= rule(float(results.study["target"]), "target")
     note = "Line: mean over seeds. Band: from the lowest to the highest seed." if len(results.seeds) > 1 else ""

@@ -55,6 +55,7 @@
 
   function layout(spec) {
     const given = resolve(spec.layout);
+    const curves = spec.data.every((trace) => trace.type === "scatter" && String(trace.mode).startsWith("lines"));
     return Object.assign(
       {
         height: spec.height, autosize: true, margin: { l: 52, r: 14, t: 10, b: 44 },
@@ -64,6 +65,7 @@
         hoverlabel: { bgcolor: variable("raised"), bordercolor: variable("line"), font: { color: variable("ink"), size: 12 } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("muted"), activecolor: variable("ink"), orientation: "v" },
         dragmode: narrow.matches ? false : "zoom",
+        hovermode: curves ? "x unified" : "closest", hoverdistance: curves ? -1 : 20, // curves: all values at the nearest round
       },
       given,
       { xaxis: axis(given.xaxis || {}), yaxis: axis(given.yaxis || {}) },

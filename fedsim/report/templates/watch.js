@@ -44,6 +44,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: variable("ink") }, xaxis: axis("round"),
       yaxis: axis(metrics.length === 1 ? (metrics[0] || "").replace(".", " ") : "score"), showlegend: true, uirevision: "kept",
       legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top" }, dragmode: narrow ? false : "zoom",
+      hovermode: "x unified", hoverdistance: -1,
       hoverlabel: { bgcolor: variable("raised"), bordercolor: variable("line"), font: { color: variable("ink"), size: 12 }, namelength: 40 },
     }, { responsive: true, displaylogo: false, displayModeBar: false });
   }
