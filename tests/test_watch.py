@@ -1,5 +1,6 @@
 """The page that watches runs: what it lists, and that it is for this machine only and only reads."""
 
+import fcntl
 import http.client
 import json
 import os
@@ -196,3 +197,14 @@ def test_one_damaged_run_does_not_hide_the_others(runs: Path, tmp_path: Path) ->
     assert states["good"][0] == "unfinished"
     assert states["damaged"][0] == "unreadable"
     assert "metrics.jsonl: cannot be read" in states["damaged"][1]
+
+
+def test_a_run_starts_while_it_is_looked_at(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as looking:  # left by a run that was killed
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        over = threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN))
+        over.start()
+        folder = Folder(tmp_path)
+        folder.lock()
+        folder.unlock()
+        over.join()
