@@ -190,7 +190,11 @@ def report(
         if output is not None and len(folders) > 1:
             _fail("--output names the page of one folder; leave it out to write a page into each", 2)
         from fedsim.report import write_report
+        from fedsim.results import is_run, is_study_folder
 
+        if wrong := [folder for folder in folders if not (is_run(folder) or is_study_folder(folder))]:  # before any page is written
+            what = "no such folder" if not wrong[0].is_dir() else "neither a run folder (scenario.yaml) nor a study folder (study.yaml)"
+            _fail(f"{wrong[0]}: {what}", 2)
         pages = [write_report(folder, output) for folder in folders]
         if as_json:
             _print_json({"reports": [str(page) for page in pages]})

@@ -76,10 +76,15 @@ class Folder:
         import fcntl
 
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until `unlock`)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FedsimError(f"{self.path}: another process is running in this folder") from None
+        for _ in range(10):  # `fedsim watch` holds it for an instant, to see whether anyone does
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.02)
+        self._lock.close()
+        self._lock = None
+        raise FedsimError(f"{self.path}: another process is running in this folder")
 
     def write_scenario(self, values: dict[str, Any]) -> None:
         self._write("scenario.yaml", write(values).encode())
@@ -106,7 +111,11 @@ class Folder:
             text = (self.path / f"{name}.jsonl").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = text.split("\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise FedsimError(f"{self.path / name}.jsonl: cannot be read: {error}") from None
 
     def rewind(self, round: int) -> None:
         """Forget what was logged after `round`."""

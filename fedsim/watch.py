@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,6 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
     folder: Path
     server_version, sys_version = "fedsim", ""
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         port = self.server.server_address[1]  # type: ignore[index]
         if self.headers.get("Host") not in {f"{HERE}:{port}", f"localhost:{port}"}:  # a page elsewhere that names us otherwise
@@ -82,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._route(path)
         except FedsimError as error:
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n".encode())
+        except FileNotFoundError:  # a folder that was deleted while we looked
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", b"a folder has just gone; ask again\n")
 
     def _route(self, path: str) -> None:
         pages = {"/": ("watch.html", "text/html"), "/watch.css": ("watch.css", "text/css"), "/watch.js": ("watch.js", "text/javascript")}
@@ -102,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _find(self, name: str) -> Path | None:
         known = {_name(f, self.folder): f for f in (*_folders(self.folder, is_run), *_folders(self.folder, is_study_folder))}
-        return known.get(name)
+        return known.get(name or ".")  # a browser makes /report/ of /report/., the watched folder itself
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes, policy: str = POLICY, keep: bool = False) -> None:
         self.send_response(status)
@@ -116,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(header, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         try:
             self.wfile.write(body)
         except (BrokenPipeError, ConnectionResetError):
@@ -159,8 +167,12 @@ def runs_below(root: Path) -> list[dict[str, Any]]:
         log = folder / "metrics.jsonl"
         changed = (log if log.exists() else folder / "scenario.yaml").stat().st_mtime
         failed, done = (folder / "failure.json").exists(), (folder / "model.safetensors").exists()
-        out.append(_describe(folder, changed, failed, done) | {"name": (name := _name(folder, root)), "link": f"/report/{quote(name)}"})
-    return sorted(out, key=lambda each: (-each["changed"], each["name"]))
+        about = _describe(folder, changed, failed, done)
+        name, age = _name(folder, root), max(0.0, time.time() - changed)
+        if about["state"] == "unfinished" and _locked(folder):  # not kept with the rest: a process ends without a word in the log
+            about = about | {"state": "running"}
+        out.append(about | {"name": name, "link": f"/report/{quote(name)}", "age": age})
+    return sorted(out, key=lambda each: (each["age"], each["name"]))
 
 
 @lru_cache(maxsize=4096)
@@ -169,13 +181,12 @@ def _describe(folder: Path, changed: float, failed: bool, done: bool) -> dict[st
     try:
         run = read_run(folder)
     except FedsimError as error:
-        return {"changed": changed, "state": "unreadable", "why": str(error), "round": 0, "rounds": 0, "metric": None, "x": [], "y": []}
+        return {"state": "unreadable", "why": str(error), "round": 0, "rounds": 0, "metric": None, "x": [], "y": []}
     metric = run.metric()
     x, y = _curve(run, metric) if metric else ([], [])
     last = run.rows[-1] if run.rows else {"round": 0}
     return {
-        "changed": changed,
-        "state": "running" if not (failed or done) and _locked(folder) else run.status,
+        "state": run.status,
         "why": run.failure or "",
         "strategy": " + ".join(run.strategies()),
         "seed": run.scenario.get("seed"),

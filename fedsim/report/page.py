@@ -18,10 +18,11 @@ class Table:
 
     Attributes:
         head: of the columns.
-        rows: texts; one that begins with `@cN ` gets the colour of the N-th strategy before it.
+        rows: texts.
         bold: positions (row, column) that are bold.
         caption: above it.
         words: columns that hold words, not numbers (left-aligned).
+        chips: for each row the number of the colour that stands before its first text; empty for none.
     """
 
     head: list[str]
@@ -29,6 +30,7 @@ class Table:
     bold: frozenset[tuple[int, int]] = frozenset()
     caption: str = ""
     words: frozenset[int] = frozenset({0})
+    chips: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     tiles.append(("traffic", traffic(run.total("bytes_down") + run.total("bytes_up")), "both ways"))
     if wall := sum(row["train"] + row["evaluate"] for row in run.timings):
         share = sum(row["evaluate"] for row in run.timings) / wall
-        tiles.append(("computing time", seconds(wall), f"{share:.0%} of it evaluation"))
+        tiles.append(("computing time", seconds(wall), f"{100 * share:.0f} % of it evaluation"))
     return tiles
 
 

@@ -65,7 +65,7 @@ def curves(comparison: Comparison, setting: str) -> Figure | None:
         traces.append(line(rounds, table.mean(0).tolist(), label, i))
     if not traces:
         return None
-    layout: dict[str, Any] = {"xaxis": axis("round"), "yaxis": axis(name_of(results.metric)), "hovermode": "x unified"}
+    layout: dict[str, Any] = {"xaxis": axis("round"), "yaxis": axis(name_of(results.metric))}
     if results.study.get("target") is not None:
         layout |= rule(float(results.study["target"]), "target")
     note = "Line: mean over seeds. Band: from the lowest to the highest seed." if len(results.seeds) > 1 else ""
@@ -176,14 +176,18 @@ def ranks(comparison: Comparison) -> list[Figure]:
             "name": labels[i],
             "showlegend": False,
             "marker": {"color": colour(int(i)), "size": 12, "symbol": SYMBOLS[int(i) % len(SYMBOLS)]},
-            "error_x": {"type": "data", "array": [apart / 2], "thickness": 2, "width": 0, "color": f"{colour(int(i))}~"},
+            "error_x": {"type": "data", "array": [apart / 2], "thickness": 1.5, "width": 4, "color": colour(int(i))},
             "hovertemplate": f"{labels[i]}: mean rank {mean[i]:.2f}<extra></extra>",
         }
         for i in order
     ]
     note = f"Over {len(names)} {what}; 1 is best. Bars that do not overlap differ (Nemenyi, 5 %)."
     note += f" Friedman's test: p = {p_value(p)}." if p is not None else ""
-    layout = {"xaxis": axis("mean rank", range=[0.7, len(labels) + 0.3], dtick=1), "yaxis": _rows(len(labels))}
+    ends = min(1 - 0.2, float(mean.min()) - apart / 2), max(len(labels) + 0.2, float(mean.max()) + apart / 2)  # no bar is cut off
+    layout = {
+        "xaxis": axis("mean rank", range=[ends[0] - 0.1, ends[1] + 0.1], tickvals=list(range(1, len(labels) + 1))),
+        "yaxis": _rows(len(labels)),
+    }
     out = [Figure("Mean ranks", dots, layout, note, 130 + 40 * len(labels))]
     if what == "settings":
         each = np.array([statistics.mean_ranks(row[None], comparison.higher) for row in scores])

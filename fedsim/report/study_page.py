@@ -109,7 +109,6 @@ def _table(comparison: Comparison, setting: str) -> Table:
     lines = comparison.of(setting)
     for i, line in enumerate(lines):
         row = [text(line) for _, text in head]
-        row[0] = f"@c{results.labels.index(line.label) % COLOURS} {line.label}"
         if line.verdict == "better":
             bold.add((i, score))
         elif line.verdict == "worse":
@@ -121,13 +120,19 @@ def _table(comparison: Comparison, setting: str) -> Table:
         names.insert(at, "bootstrap interval")
         for row, line in zip(rows, lines, strict=True):
             row.insert(at, interval(line.versus.bootstrap) if line.versus else "-")
-    return Table(names, rows, frozenset(bold), setting)
+    return Table(names, rows, frozenset(bold), setting, chips=_chips(results, [line.label for line in lines]))
 
 
 def _costs(comparison: Comparison, setting: str) -> Table:
-    labels, head = comparison.results.labels, cost(comparison)
-    rows = [[f"@c{labels.index(line.label) % COLOURS} {line.label}", *(text(line) for _, text in head)] for line in comparison.of(setting)]
-    return Table(["strategy", *(h for h, _ in head)], rows, caption=setting)
+    head, lines = cost(comparison), comparison.of(setting)
+    rows = [[line.label, *(text(line) for _, text in head)] for line in lines]
+    chips = _chips(comparison.results, [line.label for line in lines])
+    return Table(["strategy", *(h for h, _ in head)], rows, caption=setting, chips=chips)
+
+
+def _chips(results: StudyResults, labels: list[str]) -> tuple[int, ...]:
+    """The colours of strategies."""
+    return tuple(results.labels.index(label) % COLOURS if label in results.labels else COLOURS - 1 for label in labels)
 
 
 def _tuning(results: StudyResults) -> Section:
@@ -135,13 +140,13 @@ def _tuning(results: StudyResults) -> Section:
     for group in results.tuning:
         chosen = ", ".join(f"{k}={v}" for k, v in group["chosen"].items()) or "none: every run failed; the scenario's values"
         best = next((t["score"] for t in group["tried"] if t["values"] == group["chosen"]), None)
-        index = results.labels.index(group["label"]) % COLOURS if group["label"] in results.labels else 7
-        rows.append([f"@c{index} {group['label']}", group["setting"], chosen, number(best), str(group["runs"]), f"{group['rounds']:,}"])
+        rows.append([group["label"], group["setting"], chosen, number(best), str(group["runs"]), f"{group['rounds']:,}"])
+    chips = _chips(results, [group["label"] for group in results.tuning])
     head = ["strategy", "setting", "chosen", "validation score", "runs spent", "rounds spent"]
     intro = (
         "Chosen before the study, by a score on examples that were held back from clients' training data. No test example was looked at."
     )
-    return Section("Tuning", intro, tables=[Table(head, rows, words=frozenset({0, 1, 2}))] if rows else [])
+    return Section("Tuning", intro, tables=[Table(head, rows, words=frozenset({0, 1, 2}), chips=chips)] if rows else [])
 
 
 def _failures(results: StudyResults) -> Section:

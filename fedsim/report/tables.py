@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -156,7 +157,7 @@ def _markdown(comparison: Comparison) -> str:
 
 
 def _cell_md(text: str) -> str:
-    return text.replace("|", "\\|")
+    return re.sub(r"<(?=[a-zA-Z/!])", "&lt;", text.replace("|", "\\|"))  # what begins a tag would be taken for one
 
 
 _TEX = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

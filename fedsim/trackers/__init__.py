@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,24 +46,49 @@ def faults(names: tuple[str, ...]) -> Iterator[ScenarioError]:
 
 
 def tracked(rows: Iterable[Row], scenario: Scenario, folder: Path) -> Iterator[Row]:
-    """The rows of a run, each passed on to the scenario's trackers first."""
+    """The rows of a run, each passed on to the scenario's trackers first.
+
+    A tracker that cannot start stops the run before its first round: it was asked for. One that fails later is told of on stderr and
+    left out from then on: the run folder has every number, and a server that went away is no reason to lose a night's training.
+    """
     if not scenario.output.trackers:
         yield from rows
         return
     from fedsim.scenario import dump_scenario
 
     values, finished = dump_scenario(scenario), False
-    trackers: list[Tracker] = []
+    trackers: dict[str, Tracker] = {}
     try:
-        trackers += [open_(values, folder) for open_ in map(_find, scenario.output.trackers)]
+        for name in scenario.output.trackers:
+            trackers[name] = _open(name, values, folder)
         for row in rows:
-            for tracker in trackers:
-                tracker.log(row)
+            for name, tracker in list(trackers.items()):
+                if not _told(name, partial(tracker.log, row)):
+                    del trackers[name]
             yield row
         finished = True
     finally:
-        for tracker in trackers:
-            tracker.close(finished)
+        for name, tracker in trackers.items():
+            _told(name, partial(tracker.close, finished))
+
+
+def _open(name: str, values: dict[str, Any], folder: Path) -> Tracker:
+    try:
+        return _find(name)(values, folder)
+    except FedsimError:
+        raise
+    except Exception as error:  # whatever another program raises: no server, no account
+        raise FedsimError(f"output.trackers: {name} does not start: {type(error).__name__}: {error}") from error
+
+
+def _told(name: str, tell: Callable[[], None]) -> bool:
+    """Whether a tracker took what it was told. It says so on stderr if not."""
+    try:
+        tell()
+    except Exception as error:
+        print(f"warning: the tracker {name} failed and is told nothing more: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _find(name: str) -> Open:

@@ -9,11 +9,11 @@
 
   const SCALES = {
     light: {
-      heat: [[0, "#eef2f7"], [0.25, "#bcd3ea"], [0.5, "#6ba6d6"], [0.75, "#2171b5"], [1, "#08306b"]],
+      heat: [[0, "#dbe7f3"], [0.25, "#b3cde7"], [0.5, "#6ba6d6"], [0.75, "#2171b5"], [1, "#08306b"]],
       diverging: [[0, "#efa877"], [0.5, "#f4f5f7"], [1, "#82b6e2"]],
     },
     dark: {
-      heat: [[0, "#1b2230"], [0.25, "#1f3f66"], [0.5, "#2f6fae"], [0.75, "#6fb1ea"], [1, "#e3f1ff"]],
+      heat: [[0, "#22344d"], [0.25, "#26507f"], [0.5, "#2f6fae"], [0.75, "#6fb1ea"], [1, "#e3f1ff"]],
       diverging: [[0, "#92481a"], [0.5, "#202733"], [1, "#1f5f99"]],
     },
   };
@@ -31,9 +31,13 @@
     return `rgba(${r}, ${g}, ${b}, ${theme() === "dark" ? 0.22 : 0.15})`;
   }
 
+  const WORDS = new Set(["name", "legendgroup", "text", "ticktext", "x", "y", "hovertemplate"]); // names of the user's, not of colours
+
   function resolve(value) {
     if (Array.isArray(value)) return value.map(resolve);
-    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, resolve(v)]));
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, WORDS.has(k) ? v : resolve(v)]));
+    }
     if (typeof value !== "string" || value[0] !== "@") return value;
     const name = value.slice(1);
     if (name in SCALES.light) return SCALES[theme()][name];
@@ -51,6 +55,7 @@
 
   function layout(spec) {
     const given = resolve(spec.layout);
+    const curves = spec.data.every((trace) => trace.type === "scatter" && String(trace.mode).startsWith("lines"));
     return Object.assign(
       {
         height: spec.height, autosize: true, margin: { l: 52, r: 14, t: 10, b: 44 },
@@ -60,6 +65,7 @@
         hoverlabel: { bgcolor: variable("raised"), bordercolor: variable("line"), font: { color: variable("ink"), size: 12 } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("muted"), activecolor: variable("ink"), orientation: "v" },
         dragmode: narrow.matches ? false : "zoom",
+        hovermode: curves ? "x unified" : "closest", hoverdistance: curves ? -1 : 20, // curves: all values at the nearest round
       },
       given,
       { xaxis: axis(given.xaxis || {}), yaxis: axis(given.yaxis || {}) },

@@ -44,6 +44,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: variable("ink") }, xaxis: axis("round"),
       yaxis: axis(metrics.length === 1 ? (metrics[0] || "").replace(".", " ") : "score"), showlegend: true, uirevision: "kept",
       legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top" }, dragmode: narrow ? false : "zoom",
+      hovermode: "x unified", hoverdistance: -1,
       hoverlabel: { bgcolor: variable("raised"), bordercolor: variable("line"), font: { color: variable("ink"), size: 12 }, namelength: 40 },
     }, { responsive: true, displaylogo: false, displayModeBar: false });
   }
@@ -66,14 +67,18 @@
   }
 
   function table(runs) {
+    const focused = document.activeElement && document.activeElement.dataset.key; // rows are made anew, and it must not be lost
     const body = make("tbody", { id: "rows" });
     runs.forEach((run, place) => {
       const row = body.insertRow();
       const box = make("input", { type: "checkbox", checked: shown(run, place) });
       box.setAttribute("aria-label", "show " + run.name);
+      box.dataset.key = "box " + run.name;
       box.addEventListener("change", () => { ticked.set(run.name, box.checked); draw(runs); });
       cell(row, box, "word");
-      cell(row, make("a", { href: run.link, textContent: run.name }), "word");
+      const link = make("a", { href: run.link, textContent: run.name === "." ? "this folder" : run.name });
+      link.dataset.key = "link " + run.name;
+      cell(row, link, "word");
       cell(row, make("span", { className: "state " + run.state, textContent: run.state, title: run.why || "" }), "word");
       cell(row, run.strategy || "", "word");
       cell(row, run.seed ?? "");
@@ -83,9 +88,10 @@
       progress.firstChild.append(bar);
       progress.append(`${run.round} / ${run.rounds}`);
       cell(row, typeof run.value === "number" ? run.value.toFixed(4) : "–").title = run.metric || "";
-      cell(row, ago(Date.now() / 1000 - run.changed));
+      cell(row, ago(run.age));
     });
     $("rows").replaceWith(body);
+    if (focused) [...body.querySelectorAll("[data-key]")].find((each) => each.dataset.key === focused)?.focus();
   }
 
   function tell(news) {
