@@ -26,6 +26,10 @@ from fedsim.tree import flatten, unflatten
 from fedsim.types import Batch
 
 
+PAGE = 4096
+"""Bytes of a memory page, or fewer."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """A pytree as one NumPy vector for each dtype, which Ray shares without copying."""
@@ -76,6 +80,7 @@ class Worker:
 def _resident(packed: Packed, device: str) -> Tensor:
     """A data tensor that stays in shared memory on a CPU, and is copied once to a GPU."""
     (vector,), (dtype,) = packed.vectors, packed.dtypes
+    vector.view(np.uint8)[::PAGE].max(initial=0)  # map every page now, not one by one in the first hundred rounds
     return _to_torch(vector, dtype).view(packed.empty.shape).to(device)
 
 
@@ -232,6 +237,7 @@ def _start_ray(cpus: int, data_bytes: int, address: str | None, folder: str | No
     """Ray, quiet and without a dashboard: a running cluster, or one of our own on this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")  # not once a second: messages would wander through the store
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 gives way to whatever else runs on the machine
     import ray
 
