@@ -118,6 +118,7 @@ class Strategy(Kind, ABC):
 
     paces: ClassVar[frozenset[str]] = frozenset({"sync", "buffered", "deadline"})
     sends: ClassVar[type] = Params  # the type of message in its jobs
+    recalls: ClassVar[bool] = False  # whether `server` is told the message that each client began with (`updates.started`)
     personal: ClassVar[bool] = False  # whether `deploy` gives each client a model of its own
     local: LocalProgram
 

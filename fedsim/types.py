@@ -129,10 +129,14 @@ class Total:
 
 @record
 class Updates:
-    """Everything the server sees of a round: the arrivals and their payloads, stacked `[C, ...]` and sorted by client id."""
+    """Everything the server sees of a round: the arrivals and their payloads, stacked `[C, ...]` and sorted by client id.
+
+    `started` holds the message that each client began with, stacked `[C, ...]`, for a strategy that `recalls` it.
+    """
 
     arrivals: Arrivals
     payload: Any
+    started: Any = None
 
     def __len__(self) -> int:
         return len(self.arrivals)
@@ -147,4 +151,5 @@ class Updates:
 
     def take(self, index: Any) -> Updates:
         """The chosen rows."""
-        return Updates(rows(self.arrivals, index), rows(self.payload, index))
+        started = None if self.started is None else rows(self.started, index)
+        return Updates(rows(self.arrivals, index), rows(self.payload, index), started)
