@@ -12,17 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from annotated_types import Gt
 from torch import Tensor
 
+from fedsim.pace import Pace
 from fedsim.params import Params
 from fedsim.problem import Problem
-from fedsim.registry import Kind, register
-from fedsim.rng import CLIENT, PLAN, SERVER, Key, fold, generator
+from fedsim.rng import CLIENT, PLAN, SERVER, Key, fold
 from fedsim.strategy import Report, Strategy, WeightedStrategy
 from fedsim.tree import add, concat, rows
 from fedsim.types import Arrivals, Job, Metrics, Total, Updates, add_metrics
@@ -65,11 +64,11 @@ def merge(parts: list[Received]) -> Received:
         together = concat(arrivals)
         by_id = torch.argsort(together.ids, stable=True)
         who = rows(together, by_id)
-    payloads = [part.updates.payload for part in parts if part.updates is not None]
+    kept = [part.updates for part in parts if part.updates is not None]
     totals = [part.total for part in parts if part.total is not None]
     return Received(
         arrivals=who,
-        updates=Updates(who, rows(concat(payloads), by_id)) if payloads and who is not None else None,
+        updates=Updates(who, *_sorted(kept, by_id)) if kept and who is not None else None,
         total=reduce(add, totals) if totals else None,
         metrics=reduce(add_metrics, (part.metrics for part in parts), {}),
         lost={i: why for part in parts for i, why in part.lost.items()},
@@ -80,54 +79,74 @@ def merge(parts: list[Received]) -> Received:
     )
 
 
+def _sorted(kept: list[Updates], by_id: Tensor | None) -> tuple[Any, Any]:
+    """Payloads, and what their clients began with, as one stack in the order of the clients."""
+    payload = rows(concat([part.payload for part in kept]), by_id)
+    if any(part.started is None for part in kept):
+        return payload, None
+    return payload, rows(concat([part.started for part in kept]), by_id)
+
+
 class Port(ABC):
-    """The way to the clients, simulated or real. A client that is lost comes back in `Received.lost`: never dropped in silence."""
+    """The way to the clients, simulated or real. A client that is lost comes back in `Received.lost`: never dropped in silence.
+
+    One round: `begin`; then `idle`, `send` and `wait` once, or over and over where the pace asks anew whenever somebody is back; perhaps
+    `give_up`; then `recv`.
+    """
+
+    @property
+    @abstractmethod
+    def time(self) -> float:
+        """Seconds since the run began, virtual in a simulation."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> int:
+        """How many clients are at work."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A round begins."""
 
     @abstractmethod
     def idle(self) -> np.ndarray:
-        """Ids of the clients that could take a job now, sorted. int64."""
+        """Ids of the clients that could take a job now, sorted. int64. A client takes one job a round."""
 
     @abstractmethod
     def send(self, job: Job, version: int, key: Key) -> None:
         """Hand a job to its clients. `key` is the round's client key."""
 
     @abstractmethod
-    def recv(self, weigh: Weigh | None) -> Received:
-        """Wait for the answers. With `weigh`, updates may be summed where they arise; without, each is kept."""
+    def wait(self, count: int | None, until: float, step: bool) -> int:
+        """Wait until `count` updates are ready (None = those of all who are at work), or until time `until`; say how many are ready.
 
-
-class Pace(Kind, ABC):
-    """When to ask whom, and when the server aggregates."""
-
-    paced: ClassVar[str]  # what a strategy lists in `paces`
+        With `step`, come back as soon as anything happens.
+        """
 
     @abstractmethod
-    def choose(self, idle: np.ndarray, key: Key) -> np.ndarray:
-        """Whom to ask among the idle clients. Sorted ids, int64."""
+    def give_up(self, reason: str) -> None:
+        """Count those who are still at work as lost, and let them be idle."""
 
+    @abstractmethod
+    def recv(self, version: int, weigh: Weigh | None, recall: bool) -> Received:
+        """Take what is ready at model `version`. With `weigh`, updates may be summed where they arise; without, each is kept.
 
-@register("sync")
-@dataclass(frozen=True)
-class Sync(Pace):
-    """Rounds: ask the available clients (at most `cohort` of them, at random), wait for all, aggregate."""
-
-    paced: ClassVar[str] = "sync"
-    cohort: Annotated[int, Gt(0)] | None = None
-
-    def choose(self, idle: np.ndarray, key: Key) -> np.ndarray:
-        if self.cohort is None or len(idle) <= self.cohort:
-            return idle
-        return np.sort(generator(key).choice(idle, self.cohort, replace=False))
+        With `recall`, updates say what their clients began with.
+        """
 
 
 @dataclass(frozen=True)
 class Round:
-    """The world after `version` rounds. `received` is what came in during the last of them, `report` what the strategy says of it."""
+    """The world after `version` rounds. `received` is what came in during the last of them, `report` what the strategy says of it.
+
+    `time` is the port's, in seconds since the run began.
+    """
 
     version: int
     state: Any
     received: Received
     report: Report = field(default_factory=dict)
+    time: float = 0.0
 
 
 def run(strategy: Strategy, problem: Problem, w: Params, port: Port, pace: Pace, key: Key, start: Round | None = None) -> Iterator[Round]:
@@ -137,26 +156,39 @@ def run(strategy: Strategy, problem: Problem, w: Params, port: Port, pace: Pace,
     """
     version, state = (start.version, start.state) if start else (0, strategy.init(problem, w))
     while True:
-        seen = problem.at(version)
-        ids = pace.choose(port.idle(), fold(key, PLAN, version, 0))
-        if len(ids):
-            for job in strategy.plan(seen, state, ids, fold(key, PLAN, version, 1)):
-                port.send(job, version, fold(key, CLIENT, version))
-        before = state
-        received, state = _aggregate(strategy, seen, before, port, fold(key, SERVER, version))
+        seen, before = problem.at(version), state
+        _ask(strategy, seen, before, port, pace, version, key)
+        received, state = _aggregate(strategy, seen, before, port, version, fold(key, SERVER, version))
         report = strategy.report(seen, before, state, received.arrivals) if received.arrivals is not None else {}
         version += 1
-        yield Round(version, state, received, report)
+        yield Round(version, state, received, report, port.time)
 
 
-def _aggregate(strategy: Strategy, problem: Problem, state: Any, port: Port, key: Key) -> tuple[Received, Any]:
+def _ask(strategy: Strategy, problem: Problem, state: Any, port: Port, pace: Pace, version: int, key: Key) -> None:
+    """Hand out jobs and let time pass, until the pace has enough."""
+    port.begin()
+    until, began, turn = pace.until(), port.time, 0
+    while True:
+        ids = pace.choose(port.idle(), port.busy, fold(key, PLAN, version, 2 * turn))
+        if len(ids):
+            for job in strategy.plan(problem, state, ids, fold(key, PLAN, version, 2 * turn + 1)):
+                port.send(job, version, fold(key, CLIENT, version))
+        ready = port.wait(until.count, began + until.seconds, step=pace.refills)
+        turn += 1
+        if not pace.refills or ready == until.count or not (port.busy or len(ids)):
+            break
+    if pace.gives_up is not None and port.busy:
+        port.give_up(pace.gives_up)
+
+
+def _aggregate(strategy: Strategy, problem: Problem, state: Any, port: Port, version: int, key: Key) -> tuple[Received, Any]:
     """Receive a round's answers and let the strategy have them."""
     if isinstance(strategy, WeightedStrategy):
-        received = port.recv(partial(strategy.weigh, problem, state))
+        received = port.recv(version, partial(strategy.weigh, problem, state), strategy.recalls)
         if received.total is not None and received.arrivals is not None:
             state = strategy.apply(problem, state, received.total, received.arrivals, key)
     else:
-        received = port.recv(None)
+        received = port.recv(version, None, strategy.recalls)
         if received.updates is not None:
             state = strategy.server(problem, state, received.updates, key)
     return received, state

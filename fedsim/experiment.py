@@ -124,7 +124,7 @@ class _Training:
         progress = _Progress.load(saved[1]) if saved else _Progress()
         stages = self.scenario.stages()
         if not saved:
-            row: Row = {"round": 0} | self._scores(0, stages[0], None, self.world.w, None)
+            row: Row = {"round": 0, "virtual_time": 0.0} | self._scores(0, stages[0], None, self.world.w, None)
             self.folder.log("metrics", row)
             yield row
         port: SimPort | None = None
@@ -146,7 +146,7 @@ class _Training:
         scenario, world = self.scenario, self.world
         port = SimPort(
             executor=self.executor,
-            participation=scenario.fleet.participation,
+            fleet=scenario.fleet,
             labels=world.labels,
             sizes=world.data.sizes,
             blank=stage.strategy.memory(world.problem, first),
@@ -192,7 +192,7 @@ class _Training:
     def _row(self, stage: Phase, last: Round, port: SimPort, progress: _Progress) -> Row:
         """Everything to be said of a round."""
         received, number = last.received, progress.done + last.version
-        row: Row = {"round": number}
+        row: Row = {"round": number, "virtual_time": last.time}
         if self.scenario.phases is not None:
             row["phase"] = progress.phase
         row["participants"] = 0 if received.arrivals is None else len(received.arrivals)
@@ -200,7 +200,10 @@ class _Training:
         row |= {"bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
         for kind, who in (("lost", received.lost), ("rejected", received.rejected)):
             if who:
-                row[f"{kind}_clients"] = {str(i): why for i, why in sorted(who.items())}
+                row[f"{kind}_clients"] = _by_reason(who)
+        if received.arrivals is not None and bool(received.arrivals.staleness.any()):
+            staleness = received.arrivals.staleness.double()
+            row |= {"staleness.mean": float(staleness.mean()), "staleness.max": int(staleness.max())}
         row |= {f"train.{name}": _plain(value) for name, value in mean(received.metrics).items()}
         row |= {f"server.{name}": _plain(float(value)) for name, value in last.report.items() if not _per_client(value)}
         total = sum(s.rounds for s in self.scenario.stages())
@@ -239,7 +242,17 @@ def _client_row(number: int, last: Round) -> Row:
     """Who took part in a round, and what is to be said of each: columns in the order of `ids`."""
     arrivals = last.received.arrivals
     row: Row = {"round": number, "ids": [] if arrivals is None else arrivals.ids.tolist()}
+    if arrivals is not None and bool(arrivals.staleness.any()):
+        row["staleness"] = arrivals.staleness.tolist()
     return row | {name: list(map(_plain, value.tolist())) for name, value in last.report.items() if _per_client(value)}
+
+
+def _by_reason(who: dict[int, str]) -> dict[str, list[int]]:
+    """Clients by what happened to them."""
+    reasons: dict[str, list[int]] = {}
+    for client, why in sorted(who.items()):
+        reasons.setdefault(why, []).append(client)
+    return dict(sorted(reasons.items()))
 
 
 def _per_client(value: Any) -> TypeGuard[Tensor]:

@@ -129,10 +129,10 @@ def catalogue(kind: str) -> list[tuple[str, str]]:
 
 def _kinds() -> dict[str, type[Kind]]:
     from fedsim.data import Partition, Source
-    from fedsim.engine import Pace
     from fedsim.fleet import Modulation, Participation, Rates
     from fedsim.local import Schedule
     from fedsim.models import Model
+    from fedsim.pace import Pace
     from fedsim.scenario import load_plugins
     from fedsim.strategy import LocalProgram, Strategy
 

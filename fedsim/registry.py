@@ -134,6 +134,13 @@ def dump(value: Any) -> Any:
     return value
 
 
+def restore(kind: Any, values: Any) -> Any:
+    """Inverse of `dump`: the choice of a kind that plain values describe."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_python(values)
+
+
 def place(values: Any, loc: tuple[str | int, ...], absent: bool, name: bool) -> tuple[str | int, ...]:
     """Where in `values` pydantic's location points: tags of unions are not in there.
 

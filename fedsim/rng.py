@@ -53,6 +53,11 @@ def bits(keys: Keys, n: int) -> Keys:
     return _mix(keys[:, None] + counter)
 
 
+def units(keys: Keys, n: int) -> NDArray[np.float64]:
+    """`n` uniform numbers in (0, 1) for each key, without a generator for each. `[C] -> [C, n]`."""
+    return ((bits(keys, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
 def generator(key: Key) -> np.random.Generator:
     """A NumPy generator that starts at `key`, for draws of any distribution."""
     return np.random.Generator(np.random.Philox(key=int(key)))

@@ -24,10 +24,10 @@ import fedsim.local  # noqa: F401  (registers programs)
 from fedsim import trackers
 from fedsim.data import Data
 from fedsim.document import Document, Path_, parse
-from fedsim.engine import Pace, Sync
 from fedsim.errors import FedsimError, ScenarioError
 from fedsim.fleet import Fleet
 from fedsim.models import Model
+from fedsim.pace import Pace, Sync
 from fedsim.registry import dump, section
 from fedsim.strategy import LocalProgram, Strategy
 from fedsim.wording import explain

@@ -37,6 +37,7 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import Kind
 from fedsim.rng import Key
+from fedsim.staleness import Indifferent, Staleness
 from fedsim.tree import record
 from fedsim.types import Arrivals, Batch, Draw, Draws, Job, Reply, Total, Updates
 
@@ -180,15 +181,19 @@ class WeightedStrategy(Strategy, ABC):
         return {"weight": self.weigh(problem, before, arrivals)}
 
 
+FRESH = Indifferent()
+"""Staleness does not matter."""
+
 Count = Annotated[int, Gt(0), Le(1_000_000)]
 """Epochs, steps or a batch size: a plan of more than a million would not fit in memory."""
 
 Weighting = Literal["samples", "uniform"]
 
 
-def client_weights(rule: Weighting, arrivals: Arrivals) -> Tensor:
-    """How much each arrival counts: its number of training examples, or 1. `[C]` float32."""
-    return arrivals.n if rule == "samples" else torch.ones_like(arrivals.n)
+def client_weights(rule: Weighting, arrivals: Arrivals, staleness: Staleness = FRESH) -> Tensor:
+    """How much each arrival counts: its number of training examples, or 1; less where it is stale. `[C]` float32."""
+    counts = arrivals.n if rule == "samples" else torch.ones_like(arrivals.n)
+    return counts * staleness.factor(arrivals.staleness).to(counts)
 
 
 def client_shares(rule: Weighting, problem: Problem) -> Tensor:

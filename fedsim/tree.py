@@ -158,6 +158,22 @@ def finite(tree: Any) -> Tensor:
     return ok if bool(ok.all()) else torch.stack([torch.isfinite(leaf).all(1) for leaf in leaves]).all(0)
 
 
+def misfit(tree: Any, like: Any) -> str | None:
+    """What is wrong with the form of a pytree that should be as `like` (names, shapes, dtypes), in words, or None."""
+    (leaves, form), (due, expected) = (pytree.tree_flatten_with_path(each) for each in (tree, like))
+    if form != expected:
+        return "update has other parts than the model"
+    for (path, leaf), (_, want) in zip(leaves, due, strict=True):
+        if leaf.shape != want.shape or leaf.dtype != want.dtype:
+            name = pytree.keystr(path)
+            return f"update has {_form(leaf)} at {name}, not {_form(want)}"
+    return None
+
+
+def _form(leaf: Tensor) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(map(str, leaf.shape))}]"
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where a tensor was in a tree that `flatten` emptied."""

@@ -16,6 +16,7 @@ from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
 from fedsim.fleet import Full, Uniform
 from fedsim.models import realise
+from fedsim.pace import Sync
 from fedsim.params import Params
 from fedsim.problem import Network, Problem
 from fedsim.scenario import Scenario
@@ -138,7 +139,7 @@ def _chunk_size(scenario: Scenario, world: World) -> int:
 
 _UNKNOWN_RATES = (
     "needs the true participation probability of each client, which is not known under this fleet and pace; take a participation other "
-    "than a trace without repeat, and a cohort limit with 'full' or 'uniform' only"
+    "than a trace without repeat, the pace 'sync' without over-selection and timeout, and a cohort limit with 'full' or 'uniform' only"
 )
 
 
@@ -154,7 +155,10 @@ def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tenso
             return None
         total += p
     rates = total / rounds
-    cohort = getattr(scenario.pace, "cohort", None)
+    pace = scenario.pace
+    if not isinstance(pace, Sync) or pace.over_selection or pace.timeout:
+        return None  # who is slow decides
+    cohort = pace.cohort
     if cohort is not None and cohort < clients:
         if not isinstance(participation, (Full, Uniform)):
             return None  # who is left out depends on how many others are there
@@ -187,8 +191,7 @@ def expected_cohort(scenario: Scenario, clients: int, labels: np.ndarray | None)
     for t in range(10):
         available, state = participation.active(state, t, key)
         counts.append(float(available.sum()))
-    limit = getattr(scenario.pace, "cohort", None) or clients
-    return sum(min(limit, count) for count in counts) / len(counts)
+    return sum(map(scenario.pace.trained, counts)) / len(counts)
 
 
 def _device(scenario: Scenario) -> str:

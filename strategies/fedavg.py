@@ -10,6 +10,8 @@ McMahan, Moore, Ramage, Hampson, Aguera y Arcas, "Communication-Efficient Learni
     uniform:   a_i = 1,    A = |S|
     all:       a_i = 1,    A = N: an absent client counts as one that did not move
 
+At paces where updates come in stale, a_i is multiplied by s(tau_i), `staleness`.
+
 Differs: the paper averages models; averaging their changes is the same when server_lr = 1.
 """
 
@@ -18,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from annotated_types import Gt
 from torch import Tensor
 
@@ -27,7 +28,8 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import register
 from fedsim.rng import Key
-from fedsim.strategy import LocalProgram, ModelState, WeightedStrategy
+from fedsim.staleness import Staleness
+from fedsim.strategy import FRESH, LocalProgram, ModelState, WeightedStrategy, client_weights
 from fedsim.types import Arrivals, Total
 
 
@@ -39,12 +41,13 @@ class FedAvg(WeightedStrategy):
     local: LocalProgram = Sgd()
     weights: Literal["samples", "uniform", "all"] = "samples"
     server_lr: Annotated[float, Gt(0)] = 1.0
+    staleness: Staleness = FRESH
 
     def init(self, problem: Problem, w: Params) -> ModelState:
         return ModelState(w)
 
     def weigh(self, problem: Problem, state: ModelState, arrivals: Arrivals) -> Tensor:
-        return arrivals.n if self.weights == "samples" else torch.ones_like(arrivals.n)  # [C]
+        return client_weights("samples" if self.weights == "samples" else "uniform", arrivals, self.staleness)  # [C]
 
     def apply(self, problem: Problem, state: ModelState, total: Total, arrivals: Arrivals, key: Key) -> ModelState:
         delta: Params = total.payload / problem.clients if self.weights == "all" else total.mean()

@@ -29,7 +29,8 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import register
 from fedsim.rng import Key
-from fedsim.strategy import LocalProgram, WeightedStrategy, Weighting, client_weights
+from fedsim.staleness import Staleness
+from fedsim.strategy import FRESH, LocalProgram, WeightedStrategy, Weighting, client_weights
 from fedsim.tree import record
 from fedsim.types import Arrivals, Total
 
@@ -76,12 +77,13 @@ class FedAvgM(WeightedStrategy):
     server_lr: Rate = 1.0
     beta: Decay = 0.9
     weights: Weighting = "samples"
+    staleness: Staleness = FRESH
 
     def init(self, problem: Problem, w: Params) -> Momentum:
         return Momentum(w, w.zeros())
 
     def weigh(self, problem: Problem, state: Momentum, arrivals: Arrivals) -> Tensor:
-        return client_weights(self.weights, arrivals)  # [C]
+        return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
     def apply(self, problem: Problem, state: Momentum, total: Total, arrivals: Arrivals, key: Key) -> Momentum:
         m = self.beta * state.m + total.mean()
@@ -98,12 +100,13 @@ class FedAdagrad(WeightedStrategy):
     beta1: Decay = 0.0
     tau: Rate = 1e-3
     weights: Weighting = "samples"
+    staleness: Staleness = FRESH
 
     def init(self, problem: Problem, w: Params) -> Moments:
         return start(w, self.tau)
 
     def weigh(self, problem: Problem, state: Moments, arrivals: Arrivals) -> Tensor:
-        return client_weights(self.weights, arrivals)  # [C]
+        return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
     def apply(self, problem: Problem, state: Moments, total: Total, arrivals: Arrivals, key: Key) -> Moments:
         return adapt(self, state, total, lambda v, square: v + square)
@@ -120,12 +123,13 @@ class FedAdam(WeightedStrategy):
     beta2: Decay = 0.99
     tau: Rate = 1e-3
     weights: Weighting = "samples"
+    staleness: Staleness = FRESH
 
     def init(self, problem: Problem, w: Params) -> Moments:
         return start(w, self.tau)
 
     def weigh(self, problem: Problem, state: Moments, arrivals: Arrivals) -> Tensor:
-        return client_weights(self.weights, arrivals)  # [C]
+        return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
     def apply(self, problem: Problem, state: Moments, total: Total, arrivals: Arrivals, key: Key) -> Moments:
         return adapt(self, state, total, lambda v, square: self.beta2 * v + (1 - self.beta2) * square)
@@ -142,12 +146,13 @@ class FedYogi(WeightedStrategy):
     beta2: Decay = 0.99
     tau: Rate = 1e-3
     weights: Weighting = "samples"
+    staleness: Staleness = FRESH
 
     def init(self, problem: Problem, w: Params) -> Moments:
         return start(w, self.tau)
 
     def weigh(self, problem: Problem, state: Moments, arrivals: Arrivals) -> Tensor:
-        return client_weights(self.weights, arrivals)  # [C]
+        return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
     def apply(self, problem: Problem, state: Moments, total: Total, arrivals: Arrivals, key: Key) -> Moments:
         return adapt(self, state, total, lambda v, square: v - (1 - self.beta2) * (square * (v - square).sign()))

@@ -23,7 +23,8 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import register
 from fedsim.rng import Key
-from fedsim.strategy import LocalProgram, ModelState, WeightedStrategy, Weighting, client_weights
+from fedsim.staleness import Staleness
+from fedsim.strategy import FRESH, LocalProgram, ModelState, WeightedStrategy, Weighting, client_weights
 from fedsim.types import Arrivals, Job, Total
 
 
@@ -35,6 +36,7 @@ class FedProx(WeightedStrategy):
     local: LocalProgram = Sgd()
     mu: Annotated[float, Ge(0)] = 0.01
     weights: Weighting = "samples"
+    staleness: Staleness = FRESH
 
     def __post_init__(self) -> None:
         if not hasattr(self.local, "proximal"):
@@ -48,7 +50,7 @@ class FedProx(WeightedStrategy):
         return [Job(ids, state.w, replace(program, proximal=self.mu))]
 
     def weigh(self, problem: Problem, state: ModelState, arrivals: Arrivals) -> Tensor:
-        return client_weights(self.weights, arrivals)  # [C]
+        return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
     def apply(self, problem: Problem, state: ModelState, total: Total, arrivals: Arrivals, key: Key) -> ModelState:
         return ModelState(state.w + total.mean())

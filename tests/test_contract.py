@@ -1,6 +1,7 @@
 """What every strategy must do, at every pace it declares. A new strategy is a new row of STRATEGIES."""
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +14,17 @@ from fedsim.data import Data
 from fedsim.data.federation import Proxy
 from fedsim.data.partition import Partition
 from fedsim.data.source import Source
-from fedsim.engine import Pace, Received, Round, Sync, merge, run
-from fedsim.fleet import Fleet, Participation
+from fedsim.engine import Received, Round, merge, run
+from fedsim.fleet import Fleet, Latency, Participation, Spread
 from fedsim.local import Adam, Exponential, Sgd
 from fedsim.models import Model
+from fedsim.pace import Buffered, Deadline, Pace, Sync
 from fedsim.registry import lookup
 from fedsim.scenario import Engine, Scenario, load_plugins
 from fedsim.sim.cohort import Trainer
 from fedsim.sim.executor import Inline
 from fedsim.sim.port import SimPort
+from fedsim.staleness import Staleness
 from fedsim.strategy import LocalProgram, Strategy, WeightedStrategy
 from fedsim.tree import tree_map
 from fedsim.types import Updates
@@ -63,6 +66,10 @@ STRATEGIES = {
     "trimmed-mean": Case(strategy("trimmed-mean", local=LOCAL, trim=0.2)),
     "krum": Case(strategy("krum", local=LOCAL)),
     "multi-krum": Case(strategy("krum", local=LOCAL, keep=4)),
+    "fedavg stale": Case(strategy("fedavg", local=LOCAL, staleness=lookup(Staleness, "exponential")(half_life=3))),
+    "fedbuff": Case(strategy("fedbuff", local=LOCAL), rounds=90),
+    "fedbuff hinge": Case(strategy("fedbuff", local=LOCAL, staleness=lookup(Staleness, "hinge")(a=1, b=1)), rounds=90),
+    "fedasync": Case(strategy("fedasync", local=LOCAL), rounds=150),
     "fedau": Case(strategy("fedau", local=LOCAL, cutoff=5), rounds=120),
     "known-p": Case(strategy("known-p", local=LOCAL)),
     "fedstale": Case(strategy("fedstale", local=LOCAL, beta=0.5), rounds=120),
@@ -77,7 +84,10 @@ STRATEGIES = {
     "server-finetune": Case(strategy("server-finetune", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
 }
-PACES = {"sync": Sync()}
+PACES = {"sync": Sync(), "deadline": Deadline(seconds=2.0, cohort=8), "buffered": Buffered(concurrency=6, buffer=4)}
+DEVICES = Latency(compute=lookup(Spread, "lognormal")(median=0.05, sigma=0.7), jitter=0.3)
+"""Devices that take about two virtual seconds for a job of 40 examples, and every so often three times as long."""
+
 ROWS = [
     pytest.param(case, pace, id=f"{name}-{pace.paced}")
     for (name, case), pace in itertools.product(STRATEGIES.items(), PACES.values())
@@ -89,7 +99,7 @@ every_strategy = pytest.mark.parametrize(("case", "pace"), ROWS)
 def test_every_registered_strategy_has_a_row_and_every_row_a_pace():
     ours = {name for name, cls in Strategy.choices.items() if cls.__module__.startswith("strategies.")}
     assert {type(case.strategy).registered_name for case in STRATEGIES.values()} == ours
-    assert len(ROWS) == len(STRATEGIES)
+    assert len(ROWS) == sum(len(case.strategy.paces) for case in STRATEGIES.values())
     assert set(Pace.choices) == set(PACES)
 
 
@@ -117,15 +127,16 @@ def scenario(chosen: Strategy, seed: int = 0) -> Scenario:
     )
 
 
-def port_of(chosen: Strategy, world: World, mode: str = "vmap", seed: int = 0) -> SimPort:
+def port_of(chosen: Strategy, world: World, mode: str = "vmap", seed: int = 0, pace: Pace = PACES["sync"]) -> SimPort:
     trainer = Trainer(world.problem, world.data.x, world.data.y, world.data.train, mode)
     blank = chosen.memory(world.problem, world.w)
     participation = lookup(Participation, "uniform")(clients=8)
-    return SimPort(Inline(trainer), participation, None, world.data.sizes, blank, 3, rng.fold(seed, rng.FLEET))
+    fleet = Fleet(participation) if pace.paced == "sync" else Fleet(latency=DEVICES)
+    return SimPort(Inline(trainer), fleet, None, world.data.sizes, blank, 3, rng.fold(seed, rng.FLEET))
 
 
 def rounds(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode="vmap", seed=0, port=None, start=None) -> Round:
-    port = port or port_of(chosen, world, mode, seed)
+    port = port or port_of(chosen, world, mode, seed, pace)
     return next(itertools.islice(run(chosen, world.problem, world.w, port, pace, rng.fold(seed, 1000), start), count - 1, None))
 
 
@@ -141,7 +152,8 @@ def same_bits(a, b) -> bool:
 
 @every_strategy
 def test_reaches_the_known_optimum(case, pace, world):
-    w = rounds(case.strategy, world, case.rounds, pace).state.w
+    halved = pace.paced == "buffered"  # half the updates a round
+    w = rounds(case.strategy, world, (1 + halved) * case.rounds, pace).state.w
     distance = (next(iter(w.values())) - world.data.optimum).norm().item()
     assert (next(iter(world.w.values())) - world.data.optimum).norm() > 1
     assert distance < case.within
@@ -157,12 +169,13 @@ def test_stacked_equals_one_by_one(case, pace, world):
 @every_strategy
 def test_resumed_equals_straight(case, pace, world):
     straight = rounds(case.strategy, world, 6, pace).state
-    port = port_of(case.strategy, world)
+    port = port_of(case.strategy, world, pace=pace)
     half = rounds(case.strategy, world, 3, pace, port=port)
     saved = tree.load(*tree.dump({"state": half.state, "port": port.save()}))
-    fresh = port_of(case.strategy, world)
+    fresh = port_of(case.strategy, world, pace=pace)
     fresh.restore(saved["port"])
     resumed = rounds(case.strategy, world, 3, pace, port=fresh, start=Round(3, saved["state"], half.received)).state
+    assert pace.paced == "sync" or len(port.save()["clock"]["groups"]) > 0  # something was under way
     assert same_bits(resumed, straight)
 
 
@@ -174,11 +187,13 @@ def test_same_key_same_bits_and_another_seed_other_bits(case, pace, world):
 
 
 def one_round(case: Case, world: World, summed: bool = False) -> tuple[Received, object]:
-    """What comes in during a first round, kept apart or summed, and the state it belongs to."""
+    """What comes in during a first round in which all are back, kept apart or summed, and the state it belongs to."""
     port, state = port_of(case.strategy, world), case.strategy.init(world.problem, world.w)
+    port.begin()
     for job in case.strategy.plan(world.problem, state, port.idle(), 7):
         port.send(job, 0, 8)
-    return port.recv(partial(case.strategy.weigh, world.problem, state) if summed else None), state
+    assert port.wait(None, math.inf, step=False) == 8
+    return port.recv(0, partial(case.strategy.weigh, world.problem, state) if summed else None, case.strategy.recalls), state
 
 
 @every_strategy
@@ -200,7 +215,7 @@ def test_a_state_is_a_value_that_later_rounds_do_not_change(case, pace, world):
     first = case.strategy.server(problem, start, updates, 9)
     before = tree.dump(first)[0]
     kept = {name: tensor.clone() for name, tensor in before.items()}
-    opposite = Updates(updates.arrivals, tree_map(lambda leaf: -leaf, updates.payload))
+    opposite = Updates(updates.arrivals, tree_map(lambda leaf: -leaf, updates.payload), updates.started)
     for state in (start, first, case.strategy.server(problem.at(1), first, opposite, 10)):
         case.strategy.server(problem.at(2), state, opposite, 11)
     assert all(torch.equal(kept[name], tensor) for name, tensor in tree.dump(first)[0].items())

@@ -85,7 +85,8 @@ def test_descending_in_place_equals_stepping(program, network, mode):
     assert all(leaf.abs().max() > 1e-3 for leaf in tree_leaves(slow.payload))
     for a, b in zip(tree_leaves(fast.payload), tree_leaves(slow.payload), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert fast.metrics["loss"] == pytest.approx(slow.metrics["loss"], rel=1e-12)
+    for a, b in zip(fast.metrics["loss"], slow.metrics["loss"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("task", [Regression(3), MultiLabel(3), Classification(3)])
@@ -147,10 +148,10 @@ def test_a_compiled_step_equals_the_step():
 def test_a_stack_that_a_gpu_has_no_memory_for_is_cut_with_the_same_sums(monkeypatch):
     whole = Trainer._stack
 
-    def small(self, problem, program, message, memory, feeds):
+    def small(self, problem, program, message, memory, feeds, apart=False):
         if len(feeds[0].keys) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(self, problem, program, message, memory, feeds)
+        return whole(self, problem, program, message, memory, feeds, apart)
 
     trainer, w = trainer_of("chain", "vmap", Classification(3))
     job, weight = (PROGRAMS["all"], w), torch.tensor([3.0, 1, 2, 4, 5], dtype=torch.float64)
@@ -159,7 +160,8 @@ def test_a_stack_that_a_gpu_has_no_memory_for_is_cut_with_the_same_sums(monkeypa
     monkeypatch.setattr(Trainer, "_stack", small)
     cut = trainer.train(job, chunk)
     assert (expected.parts, cut.parts) == (1, 3)
-    assert cut.metrics == expected.metrics
+    for a, b in zip(cut.metrics["loss"], expected.metrics["loss"], strict=True):
+        assert torch.equal(a, b)
     for a, b in zip(tree_leaves(cut.total), tree_leaves(expected.total), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     monkeypatch.setattr(Trainer, "_stack", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))

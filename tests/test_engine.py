@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from fedsim import experiment, rng
 from fedsim.bundle import find
-from fedsim.engine import Sync, run
+from fedsim.engine import run
 from fedsim.errors import ClientError, FedsimError
+from fedsim.fleet import Fleet
 from fedsim.folder import Folder
 from fedsim.local import Sgd
+from fedsim.pace import Sync
 from fedsim.scenario import Scenario, load
 from fedsim.sim.cohort import Trainer, choose_mode
 from fedsim.sim.executor import Inline, Patience
@@ -71,7 +73,7 @@ def test_the_two_examples_run_in_different_modes():
 def states(world, executor, rounds: int, strategy, key=5, interrupt=None):
     blank = strategy.memory(world.problem, world.w)
     participation = quickstart().fleet.participation
-    port = SimPort(executor, participation, None, world.data.sizes, blank, 2, rng.fold(0, rng.FLEET))
+    port = SimPort(executor, Fleet(participation), None, world.data.sizes, blank, 2, rng.fold(0, rng.FLEET))
     for round in itertools.islice(run(strategy, world.problem, world.w, port, Sync(), key), rounds):
         if interrupt:
             interrupt(round.version)
@@ -266,7 +268,7 @@ def test_an_update_that_is_not_finite_is_rejected_counted_and_named(mode, name):
     assert set(round.received.rejected.values()) == {"update is not finite"}
     assert all(torch.isfinite(v).all() for v in round.state.w.values())
     good = replace(scenario.strategy, local=Sgd())
-    port = SimPort(executor, AllOf(sorted(asked - small), len(world.data.sizes)), None, world.data.sizes, {}, 2, 1)
+    port = SimPort(executor, Fleet(AllOf(sorted(asked - small), len(world.data.sizes))), None, world.data.sizes, {}, 2, 1)
     alone = next(run(good, world.problem, world.w, port, Sync(), 5))
     for key, value in alone.state.w.items():
         torch.testing.assert_close(round.state.w[key], value, rtol=1e-5, atol=1e-7)
@@ -297,7 +299,7 @@ def test_a_program_that_raises_is_named_with_round_and_clients():
 def test_a_round_without_participants_leaves_the_model_alone_and_counts():
     scenario = quickstart(*DENSE)
     world = build(scenario)
-    port = SimPort(Inline(trainer_of(world)), AllOf([], 20), None, world.data.sizes, {}, None, 1)
+    port = SimPort(Inline(trainer_of(world)), Fleet(AllOf([], 20)), None, world.data.sizes, {}, None, 1)
     rounds = list(itertools.islice(run(scenario.strategy, world.problem, world.w, port, Sync(), 5), 3))
     assert [r.version for r in rounds] == [1, 2, 3]
     assert all(r.received.arrivals is None and r.received.bytes_down == 0 for r in rounds)
@@ -306,11 +308,11 @@ def test_a_round_without_participants_leaves_the_model_alone_and_counts():
 
 def test_a_smaller_cohort_is_drawn_from_those_available():
     idle = np.arange(100)
-    drawn = [Sync(cohort=10).choose(idle, key) for key in range(500)]
+    drawn = [Sync(cohort=10).choose(idle, 0, key) for key in range(500)]
     assert all(len(set(ids.tolist())) == 10 and (np.diff(ids) > 0).all() for ids in drawn)
     frequency = np.bincount(np.concatenate(drawn), minlength=100) / 500
     assert abs(frequency - 0.1).max() < 5 * (0.1 * 0.9 / 500) ** 0.5
-    assert Sync(cohort=200).choose(idle, 0).tolist() == idle.tolist()
+    assert Sync(cohort=200).choose(idle, 0, 0).tolist() == idle.tolist()
 
 
 def test_bytes_and_examples_are_what_travelled_and_trained():

@@ -13,11 +13,12 @@ from fedsim.data import Data
 from fedsim.data.federation import Proxy
 from fedsim.data.partition import Partition
 from fedsim.data.source import Source
-from fedsim.engine import Sync, run
+from fedsim.engine import run
 from fedsim.errors import ScenarioError
-from fedsim.fleet import Full
+from fedsim.fleet import Fleet
 from fedsim.local import Sgd
 from fedsim.models import Model
+from fedsim.pace import Sync
 from fedsim.params import Params
 from fedsim.problem import NextToken
 from fedsim.registry import lookup
@@ -173,7 +174,7 @@ def classes(alpha: float | None, local: Sgd, seed: int = 0, clients: int = 10) -
 def states(scenario: Scenario, count: int, **fields) -> list:
     world, strategy = build(scenario), replace(scenario.strategy, **fields)
     trainer = Trainer(world.problem, world.data.x, world.data.y, world.data.train, "vmap")
-    port = SimPort(Inline(trainer), Full(), None, world.data.sizes, {}, None, 0)
+    port = SimPort(Inline(trainer), Fleet(), None, world.data.sizes, {}, None, 0)
     return [each.state for each in islice(run(strategy, world.problem, world.w, port, Sync(), rng.fold(scenario.seed, 1000)), count)]
 
 

@@ -11,11 +11,11 @@ import yaml
 
 from fedsim.bundle import bundled, is_study
 from fedsim.data import Partition, Source
-from fedsim.engine import Pace
 from fedsim.fleet import Modulation, Participation, Rates
 from fedsim.folder import Folder
 from fedsim.local import Schedule
 from fedsim.models import Model
+from fedsim.pace import Pace
 from fedsim.registry import Kind
 from fedsim.scenario import dump_scenario, load, schema
 from fedsim.strategy import LocalProgram, Strategy

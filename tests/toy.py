@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fedsim import rng
 from fedsim.data import Lists
-from fedsim.engine import Sync, run
-from fedsim.fleet import Full, Participation
+from fedsim.engine import run
+from fedsim.fleet import Fleet, Full, Participation
+from fedsim.pace import Sync
 from fedsim.params import Params
 from fedsim.problem import Network, Problem, Regression
 from fedsim.sim.cohort import Trainer
@@ -89,7 +90,7 @@ def rounds(
     executor = Inline(Trainer(toy.problem, toy.x, toy.y, toy.lists, mode))
     try:
         blank = strategy.memory(toy.problem, toy.w)
-        port = SimPort(executor, participation, None, toy.problem.sizes, blank, chunk, rng.fold(seed, rng.FLEET))
+        port = SimPort(executor, Fleet(participation), None, toy.problem.sizes, blank, chunk, rng.fold(seed, rng.FLEET))
         loop = run(strategy, toy.problem, toy.w, port, Sync(), rng.fold(seed, 1000))
         return [each.state for each in islice(loop, count)]
     finally:

@@ -4,7 +4,7 @@ Importing this package registers every source and every partition.
 """
 
 from fedsim.data import external, files, images, synthetic, tabular, text
-from fedsim.data.batches import count_steps, plan
+from fedsim.data.batches import count_examples, count_steps, plan
 from fedsim.data.federation import Data, Federation, Lists, Proxy
 from fedsim.data.partition import Partition, Split
 from fedsim.data.source import Dataset, Examples, Source, resolve_root
@@ -22,6 +22,7 @@ __all__ = [
     "Proxy",
     "Source",
     "Split",
+    "count_examples",
     "count_steps",
     "plan",
     "resolve_root",

@@ -33,6 +33,15 @@ def count_steps(program: Plan, sizes: np.ndarray) -> np.ndarray:
     return np.where(batches > 0, program.steps, 0) if program.steps is not None else program.epochs * batches
 
 
+def count_examples(program: Plan, sizes: np.ndarray) -> np.ndarray:
+    """Examples that each client processes in one pass, each epoch anew, `[C]` int64."""
+    sizes = np.asarray(sizes, dtype=np.int64)
+    if program.steps is None or program.batch_size is None:
+        return count_steps(program, sizes) * sizes if program.steps is not None else program.epochs * sizes
+    full, rest = np.divmod(program.steps, np.maximum(_batches(program, sizes), 1))
+    return np.where(sizes > 0, full * sizes + np.minimum(rest * program.batch_size, sizes), 0)
+
+
 def plan(program: Plan, lists: Lists, ids: np.ndarray, keys: rng.Keys) -> Work:
     """The steps of a chunk of clients in one pass.
 

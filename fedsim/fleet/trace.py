@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.errors import ScenarioError
+from fedsim.fleet import files
 from fedsim.fleet.participation import Mask, Participation, State
 from fedsim.fleet.rates import Labels, Vector
 from fedsim.registry import register
@@ -56,20 +54,7 @@ class Trace(Participation):
 
 def read(path: Path, clients: int) -> list[tuple[int, int, int]]:
     """The rows (client, from, to) of a trace file. Raises ScenarioError with file and line for the first bad one."""
-    records = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl}.get(path.suffix.lower())
-    if records is None:
-        raise ScenarioError(FIELD, f"{path} is neither .csv nor .jsonl")
-    rows = []
-    try:
-        for line, record in records(path):
-            rows.append(_row(record, clients, f"{path}, line {line}"))
-    except FileNotFoundError:
-        raise ScenarioError(FIELD, f"there is no file {path} (seen from {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ScenarioError(FIELD, f"{path} cannot be read: {error}") from error
-    if not rows:
-        raise ScenarioError(FIELD, f"{path} has no rows")
-    return rows
+    return files.read(path, COLUMNS, FIELD, lambda record, where: _row(record, clients, where))
 
 
 def merge(rows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -83,49 +68,9 @@ def merge(rows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return merged
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in COLUMNS if name not in header]
-        if missing:
-            raise ScenarioError(FIELD, f"{path}, line 1: the header lacks {', '.join(missing)}; it must name client, from, to")
-        for values in reader:
-            if values:
-                yield reader.line_num, dict(zip(header, values, strict=False))
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except ValueError as error:
-                raise ScenarioError(FIELD, f"{path}, line {line}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ScenarioError(FIELD, f"{path}, line {line}: not an object with client, from, to")
-            yield line, record
-
-
 def _row(record: dict[str, Any], clients: int, where: str) -> tuple[int, int, int]:
-    client, begin, end = (_whole(record.get(name), name, where) for name in COLUMNS)
-    if not 0 <= client < clients:
-        raise ScenarioError(FIELD, f"{where}: client {client} is out of range; clients are 0 to {clients - 1}")
+    client = files.client(record, clients, FIELD, where)
+    begin, end = (files.number(record, name, FIELD, where, int) for name in ("from", "to"))
     if not 0 <= begin < end <= _LAST:
         raise ScenarioError(FIELD, f"{where}: rounds must be 0 <= from < to, not from {begin} to {end}")
     return client, begin, end
-
-
-def _whole(value: Any, name: str, where: str) -> int:
-    """A whole number out of CSV text or JSON."""
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    elif isinstance(value, int) and not isinstance(value, bool):
-        return value
-    problem = f"there is no '{name}'" if value is None else f"'{name}' is {value!r}, not a whole number"
-    raise ScenarioError(FIELD, f"{where}: {problem}")

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fedsim import rng
 from fedsim.data import Lists, count_steps, plan
@@ -27,10 +26,11 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.sim.descent import descend, descend_alone
 from fedsim.sim.feed import Feed
+from fedsim.sim.harm import Harm, received, refused, sent
 from fedsim.sim.steps import CompiledSteps, compiled_pass, single_pass, stacked_pass
 from fedsim.strategy import LocalProgram
-from fedsim.tree import add, concat, finite, nbytes, record, rows, stack, tree_map, weighted_sum
-from fedsim.types import Batch, Metrics, Reply, Total, add_metrics
+from fedsim.tree import add, concat, finite, nbytes, record, rows, tree_leaves, tree_map, weighted_sum
+from fedsim.types import Batch, Reply, Total
 
 Mode = Literal["loop", "vmap"]
 
@@ -67,6 +67,7 @@ class Chunk:
         key: the round's client key.
         memory: their device memories, stacked.
         weight: what each payload counts in the sum `[C]`, or None to keep the payloads apart.
+        harm: what befalls messages and payloads on their way, or None.
     """
 
     ids: np.ndarray
@@ -74,28 +75,33 @@ class Chunk:
     key: rng.Key
     memory: Any
     weight: Tensor | None
+    harm: Harm | None = None
 
 
 @record
 class ChunkReply:
-    """What a chunk gives back. Rows of rejected clients are in neither `payload` nor `total`, nor in `memory`.
+    """What a chunk gives back. Rows of rejected clients are in neither `payload` nor `total`, nor in `memory` and `metrics`.
+
+    A = accepted clients, in the order of the chunk.
 
     Attributes:
         accepted: which clients passed the checks, `[C]` bool.
+        refusals: why the others did not, `{position in the chunk: reason}`.
         payload: of the accepted clients, stacked, where no weights were given.
         total: the weighted sum of the accepted payloads, where weights were given.
         memory: new device memories of the accepted clients, stacked.
-        metrics: summed over the accepted clients, `{name: (sum, weight)}`.
+        metrics: of each accepted client, `{name: (value [A], weight [A])}` float64.
         examples: training examples processed by all clients of the chunk.
         payload_bytes: what one client's payload weighs.
         parts: into how many parts the stack was cut for want of memory; 1 = it was not.
     """
 
     accepted: np.ndarray
+    refusals: dict[int, str]
     payload: Any
     total: Total | None
     memory: Any
-    metrics: Metrics
+    metrics: dict[str, tuple[Tensor, Tensor]]
     examples: int
     payload_bytes: int
     parts: int = 1
@@ -168,47 +174,65 @@ class Trainer:
                 f"{type(program).__name__} failed in round {chunk.version + 1}, among clients {clients}: {type(error).__name__}: {error}"
             ) from error
 
+    def payload_bytes(self, job: tuple[LocalProgram, Any], memory: Any) -> int:
+        """What one client's payload weighs in answer to a job."""
+        program, message = job
+        with torch.no_grad():
+            reply = program.finish(self.problem, message, program.begin(self.problem, message, memory), self.problem.version + 1)
+        return nbytes(reply.payload)
+
     def _feed(self, problem: Problem, program: LocalProgram, chunk: Chunk, p: int) -> Feed:
         work = plan(program, self.lists, chunk.ids, _pass_keys(chunk, p, rng.DATA))
         return Feed(program, problem, self.x, self.y, work, _pass_keys(chunk, p, rng.CLIENT))
 
     def _stacked(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
-        reply, parts = self._stack_in_parts(problem, program, message, chunk.memory, feeds)
+        apart = chunk.harm is not None and chunk.harm.down > 0
+        begins = received(message, chunk.harm) if apart else message  # type: ignore[arg-type]
+        reply, parts = self._stack_in_parts(problem, program, begins, chunk.memory, feeds, apart)
         return replace(_sum_up(reply, chunk, feeds), parts=parts)
 
-    def _stack_in_parts(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed]) -> tuple[Reply, int]:
+    def _stack_in_parts(
+        self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed], apart: bool
+    ) -> tuple[Reply, int]:
         """The replies of a stack, which is halved as often as a GPU's memory asks for, and into how many parts.
 
         Rows stay where they are, so what is summed afterwards, and in which order, does not change.
         """
         try:
-            return self._stack(problem, program, message, memory, feeds), 1
+            return self._stack(problem, program, message, memory, feeds, apart), 1
         except torch.OutOfMemoryError:
             count = len(feeds[0].keys)
             if count == 1:
                 raise
         torch.cuda.empty_cache()
         halves = [slice(0, count // 2), slice(count // 2, count)]
-        done = [self._stack_in_parts(problem, program, message, rows(memory, h), [f.part(h) for f in feeds]) for h in halves]
+        done = []
+        for half in halves:
+            begins = rows(message, half) if apart else message
+            part = [feed.part(half) for feed in feeds]
+            done.append(self._stack_in_parts(problem, program, begins, rows(memory, half), part, apart))
         return concat([reply for reply, _ in done]), sum(parts for _, parts in done)
 
-    def _stack(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed]) -> Reply:
-        """The replies of clients that run as one stacked program."""
+    def _stack(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed], apart: bool = False) -> Reply:
+        """The replies of clients that run as one stacked program. `apart`: `message` is stacked, one for each client."""
         n = torch.from_numpy(feeds[0].work.n).to(self.x.device)
-        carry = torch.vmap(lambda memory, _: program.begin(problem, message, memory))(memory, n)
+        each = 0 if apart else None
+        carry = torch.vmap(lambda message, memory, _: program.begin(problem, message, memory), in_dims=(each, 0, 0))(message, memory, n)
         rule = program.descent(problem)
         for name, feed in zip(program.passes, feeds, strict=True):
             if self.compile:
                 carry = compiled_pass(self._compiled, carry, feed, name)
             else:
                 carry = descend(rule, carry, feed, self._chain) if rule else stacked_pass(carry, feed, name)
-        return torch.vmap(lambda carry, n: program.finish(problem, message, carry, n))(carry, n)
+        return torch.vmap(lambda message, carry, n: program.finish(problem, message, carry, n), in_dims=(each, 0, 0))(message, carry, n)
 
     def _one_by_one(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
         replies = _Replies(chunk)
-        message = tree_map(_channels_last, message)
+        noisy = chunk.harm if chunk.harm is not None and chunk.harm.down > 0 else None
+        plain = None if noisy else tree_map(_channels_last, message)
         for c in range(len(chunk.ids)):
-            replies.take(c, self._single(problem, program, message, rows(chunk.memory, c), feeds, c))
+            begins = tree_map(_channels_last, rows(received(message, noisy.take([c])), 0)) if noisy else plain
+            replies.take(c, self._single(problem, program, begins, rows(chunk.memory, c), feeds, c))
         return replies.sum_up(feeds)
 
     def _single(self, problem: Problem, program: LocalProgram, message: Any, memory: Any, feeds: list[Feed], c: int) -> Reply:
@@ -240,60 +264,88 @@ class _Replies:
 
     def __init__(self, chunk: Chunk):
         self.chunk = chunk
-        self.accepted = np.zeros(len(chunk.ids), dtype=bool)
+        self.refusals: dict[int, str] = {}
         self.total: Any = None
         self.payloads: list[Any] = []
         self.memories: list[Any] = []
-        self.metrics: Metrics = {}
+        self.metrics: list[dict[str, tuple[Tensor, Tensor]]] = []
         self.payload_bytes = 0
 
     def take(self, c: int, reply: Reply) -> None:
         self.payload_bytes = nbytes(reply.payload)
-        if not bool(finite(tree_map(lambda leaf: leaf[None], reply.payload))):
+        reply = tree_map(lambda leaf: leaf[None], reply)
+        payload, why = _arrived(reply.payload, self.chunk.harm and self.chunk.harm.take([c]))
+        if why:
+            self.refusals[c] = why[0]
             return
-        self.accepted[c] = True
         self.memories.append(reply.memory)
-        self.metrics = add_metrics(self.metrics, {k: (float(value), float(weight)) for k, (value, weight) in reply.metrics.items()})
+        self.metrics.append(reply.metrics)
         if self.chunk.weight is None:
-            self.payloads.append(reply.payload)
+            self.payloads.append(payload)
         else:
-            scaled = pytree.tree_map(lambda leaf: leaf * self.chunk.weight[c].to(leaf.dtype), reply.payload)  # type: ignore[index]
+            weight = self.chunk.weight[c]
+            scaled = tree_map(lambda leaf: leaf[0] * weight.to(leaf.dtype), payload)
             self.total = scaled if self.total is None else add(self.total, scaled)
 
     def sum_up(self, feeds: list[Feed]) -> ChunkReply:
-        weight = self.chunk.weight
+        accepted, weight = _accepted(self.chunk, self.refusals), self.chunk.weight
         total = None
-        if weight is not None and self.accepted.any():
-            total = Total(self.total, weight[torch.from_numpy(self.accepted)].sum())
+        if weight is not None and accepted.any():
+            total = Total(self.total, weight[torch.from_numpy(accepted)].sum())
         return ChunkReply(
-            accepted=self.accepted,
-            payload=stack(self.payloads) if self.payloads else None,
+            accepted=accepted,
+            refusals=self.refusals,
+            payload=concat(self.payloads) if self.payloads else None,
             total=total,
-            memory=stack(self.memories) if self.memories else None,
-            metrics=self.metrics,
+            memory=concat(self.memories) if self.memories else None,
+            metrics=_double(concat(self.metrics)) if self.metrics else {},
             examples=_examples(feeds),
             payload_bytes=self.payload_bytes,
         )
 
 
 def _sum_up(reply: Reply, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
-    """Check stacked replies, leave out what is not finite, and sum under the weights where there are any."""
-    ok = finite(reply.payload)
-    count, any_ok = len(chunk.ids), bool(ok.any())
-    good = reply if bool(ok.all()) else rows(reply, ok)
+    """Check stacked replies, leave out what is refused, and sum under the weights where there are any."""
+    count = len(chunk.ids)
+    payload, refusals = _arrived(reply.payload, chunk.harm)
+    accepted = _accepted(chunk, refusals)
+    ok = torch.from_numpy(accepted)
+    good = Reply(payload, reply.memory, reply.metrics)
+    good = rows(good, ok.to(tree_leaves(payload)[0].device)) if refusals else good
     total = None
-    if chunk.weight is not None and any_ok:
-        weight = chunk.weight.to(ok.device)[ok]
+    if chunk.weight is not None and accepted.any():
+        weight = chunk.weight[ok]
         total = Total(weighted_sum(good.payload, weight), weight.sum())
     return ChunkReply(
-        accepted=ok.cpu().numpy(),
-        payload=good.payload if chunk.weight is None and any_ok else None,
+        accepted=accepted,
+        refusals=refusals,
+        payload=good.payload if chunk.weight is None and accepted.any() else None,
         total=total,
-        memory=good.memory if any_ok else None,
-        metrics={k: (float(value.double().sum()), float(weight.double().sum())) for k, (value, weight) in good.metrics.items()},
+        memory=good.memory if accepted.any() else None,
+        metrics=_double(good.metrics) if accepted.any() else {},
         examples=_examples(feeds),
         payload_bytes=nbytes(reply.payload) // count,
     )
+
+
+def _arrived(payload: Any, harm: Harm | None) -> tuple[Any, dict[int, str]]:
+    """Payloads `[C, ...]` as they arrive, and which of them are refused, for what reason."""
+    refusals = {} if harm is None else refused(payload, harm)
+    payload = payload if harm is None else sent(payload, harm)
+    ok = finite(payload)
+    if not bool(ok.all()):
+        refusals = dict.fromkeys(torch.nonzero(~ok)[:, 0].tolist(), "update is not finite") | refusals
+    return payload, refusals
+
+
+def _accepted(chunk: Chunk, refusals: dict[int, str]) -> np.ndarray:
+    accepted = np.ones(len(chunk.ids), dtype=bool)
+    accepted[list(refusals)] = False
+    return accepted
+
+
+def _double(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (value.double().cpu(), weight.double().cpu()) for name, (value, weight) in metrics.items()}
 
 
 def _examples(feeds: list[Feed]) -> int:
