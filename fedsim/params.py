@@ -132,4 +132,5 @@ pytree.register_pytree_node(
     lambda p: (list(p._tensors.values()), tuple(p._tensors)),
     lambda values, names: Params(dict(zip(names, values, strict=True))),
     serialized_type_name="fedsim.params.Params",
+    flatten_with_keys_fn=lambda p: ([(pytree.MappingKey(name), value) for name, value in p.items()], tuple(p._tensors)),
 )

@@ -37,6 +37,7 @@ def record(cls: C) -> C:
         lambda value: ([getattr(value, n) for n in names], None),
         lambda children, _: cls(*children),
         serialized_type_name=key,
+        flatten_with_keys_fn=lambda value: ([(pytree.GetAttrKey(n), getattr(value, n)) for n in names], None),
     )
     _RECORDS[key] = cls
     return cls

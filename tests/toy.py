@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fedsim import rng
 from fedsim.data import Lists
-from fedsim.engine import run
+from fedsim.engine import Round, run
 from fedsim.fleet import Fleet, Full, Participation
-from fedsim.pace import Sync
+from fedsim.pace import Pace, Sync
 from fedsim.params import Params
 from fedsim.problem import Network, Problem, Regression
 from fedsim.sim.cohort import Trainer
@@ -56,7 +56,7 @@ def jumpers(targets: Any, **more: Any) -> Toy:
     return problem_of([np.eye(targets.shape[1])] * len(targets), targets, **more)
 
 
-EVERYONE = Full()
+EVERYONE, FULL, SYNC = Fleet(), Full(), Sync()
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,37 @@ class Listed(Participation):
         return None
 
 
+def rounds_of(
+    strategy: Any,
+    toy: Toy,
+    count: int,
+    fleet: Fleet = EVERYONE,
+    pace: Pace = SYNC,
+    mode: str = "vmap",
+    chunk: int | None = None,
+    seed: int = 0,
+) -> list[Round]:
+    """The first `count` rounds: the engine's own loop over a simulated fleet in this process."""
+    executor = Inline(Trainer(toy.problem, toy.x, toy.y, toy.lists, mode))
+    try:
+        blank = strategy.memory(toy.problem, toy.w)
+        port = SimPort(executor, fleet, None, toy.problem.sizes, blank, chunk, rng.fold(seed, rng.FLEET))
+        return list(islice(run(strategy, toy.problem, toy.w, port, pace, rng.fold(seed, 1000)), count))
+    finally:
+        executor.close()
+
+
 def rounds(
     strategy: Any,
     toy: Toy,
     count: int,
-    participation: Participation = EVERYONE,
+    participation: Participation = FULL,
     mode: str = "vmap",
     chunk: int | None = None,
     seed: int = 0,
 ) -> list[Any]:
-    """The strategy's states after each of `count` rounds: the engine's own loop over a simulated fleet in this process."""
-    executor = Inline(Trainer(toy.problem, toy.x, toy.y, toy.lists, mode))
-    try:
-        blank = strategy.memory(toy.problem, toy.w)
-        port = SimPort(executor, Fleet(participation), None, toy.problem.sizes, blank, chunk, rng.fold(seed, rng.FLEET))
-        loop = run(strategy, toy.problem, toy.w, port, Sync(), rng.fold(seed, 1000))
-        return [each.state for each in islice(loop, count)]
-    finally:
-        executor.close()
+    """The strategy's states after each of `count` synchronous rounds."""
+    return [each.state for each in rounds_of(strategy, toy, count, Fleet(participation), SYNC, mode, chunk, seed)]
 
 
 def vector(w: Params) -> np.ndarray:
