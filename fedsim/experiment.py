@@ -124,7 +124,7 @@ class _Training:
         progress = _Progress.load(saved[1]) if saved else _Progress()
         stages = self.scenario.stages()
         if not saved:
-            row: Row = {"round": 0, "virtual_time": 0.0} | self._scores(0, stages[0], None, self.world.w, None)
+            row: Row = {"round": 0, "time": 0.0} | self._scores(0, stages[0], None, self.world.w, None)
             self.folder.log("metrics", row)
             yield row
         port: SimPort | None = None
@@ -192,7 +192,7 @@ class _Training:
     def _row(self, stage: Phase, last: Round, port: SimPort, progress: _Progress) -> Row:
         """Everything to be said of a round."""
         received, number = last.received, progress.done + last.version
-        row: Row = {"round": number, "virtual_time": last.time}
+        row: Row = {"round": number, "time": last.time}
         if self.scenario.phases is not None:
             row["phase"] = progress.phase
         row["participants"] = 0 if received.arrivals is None else len(received.arrivals)

@@ -85,6 +85,11 @@ class Run:
         pairs = [(row["round"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float))]
         return [r for r, _ in pairs], [float(v) for _, v in pairs]
 
+    def clock(self) -> dict[int, float]:
+        """The virtual time of each round, where anything takes time; else nothing."""
+        times = dict(zip(*self.series("time"), strict=True))
+        return times if any(times.values()) else {}
+
     def final(self, name: str) -> float | None:
         """The last value of a metric, of a run that is finished."""
         values = self.series(name)[1]

@@ -70,6 +70,7 @@ STRATEGIES = {
     "fedbuff": Case(strategy("fedbuff", local=LOCAL), rounds=90),
     "fedbuff hinge": Case(strategy("fedbuff", local=LOCAL, staleness=lookup(Staleness, "hinge")(a=1, b=1)), rounds=90),
     "fedasync": Case(strategy("fedasync", local=LOCAL), rounds=150),
+    "weight-prediction": Case(strategy("weight-prediction", local=LOCAL), rounds=90),
     "fedau": Case(strategy("fedau", local=LOCAL, cutoff=5), rounds=120),
     "known-p": Case(strategy("known-p", local=LOCAL)),
     "fedstale": Case(strategy("fedstale", local=LOCAL, beta=0.5), rounds=120),
@@ -184,6 +185,15 @@ def test_same_key_same_bits_and_another_seed_other_bits(case, pace, world):
     first, again, other = (rounds(case.strategy, world, 3, pace, seed=s).state.w for s in (0, 0, 1))
     assert same_bits(first, again)
     assert not same_bits(first, other)
+
+
+@pytest.mark.parametrize("name", [name for name, case in STRATEGIES.items() if len(case.strategy.paces) > 1])
+def test_where_nothing_takes_time_every_pace_is_the_same_rounds(name, world):
+    chosen = STRATEGIES[name].strategy
+    paces = [Sync(cohort=6), Deadline(seconds=1.0, cohort=6), Buffered(concurrency=6, buffer=6)]
+    states = [rounds(chosen, world, 3, pace, port=port_of(chosen, world)).state for pace in paces if pace.paced in chosen.paces]
+    assert len(states) == len(chosen.paces)
+    assert all(same_bits(states[0], state) for state in states[1:])
 
 
 def one_round(case: Case, world: World, summed: bool = False) -> tuple[Received, object]:

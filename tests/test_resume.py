@@ -13,6 +13,7 @@ import pytest
 from fedsim.errors import FedsimError
 from fedsim.folder import Folder
 from fedsim.scenario import load_plugins
+from fedsim.sim.jobs import Kept
 
 SCENARIO = """\
 # Two phases over a fleet with a memory of its own (Markov), the first with device memory (SCAFFOLD).
@@ -85,6 +86,47 @@ def test_killed_again_and_again_then_the_same_bits(straight, tmp_path):
     done = subprocess.run(command("run", "--resume", folder), check=True, capture_output=True, text=True)
     assert outcome(folder) == outcome(straight / "run")
     assert "Final test.accuracy" in done.stdout
+
+
+ASYNCHRONOUS = """\
+# Always eight at work, on devices of which some are very slow, with everything that can go wrong.
+name: asynchronous
+seed: 5
+data: {source: digits, clients: 20, partition: {name: dirichlet, alpha: 0.5}}
+model: {name: mlp, hidden: [32]}
+fleet:
+  latency:
+    compute: {name: pareto, least: 0.01, shape: 1.1}
+    up: {name: lognormal, median: 10000.0}
+    jitter: 0.3
+  faults: {drop: {training: 0.1}, duplicate: 0.1, corrupt: {nan: 0.05}, straggle: {rate: 0.1, factor: 5.0}}
+  channel: {up: {noise: 0.001}}
+pace: {name: buffered, concurrency: 8, buffer: 3}
+strategy: {name: fedasync, local: {name: sgd, lr: 0.05}}
+rounds: 60
+output: {checkpoint: 4}
+engine: {workers: 0}
+"""
+
+
+def test_an_asynchronous_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text(ASYNCHRONOUS)
+    subprocess.run(command("run", scenario, "--output", tmp_path / "straight", "--quiet"), check=True, capture_output=True)
+    folder = tmp_path / "run"
+    process = start("run", scenario, "--output", folder)
+    wait_for_rows(folder, 23, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    in_flight = Folder(folder).latest()[1]["port"]["clock"]
+    assert len(in_flight["ahead"]["due"]) >= 5
+    assert any(isinstance(group["kept"], Kept) for _, group in in_flight["groups"])  # trained, and not due yet
+    subprocess.run(command("run", "--resume", folder, "--quiet"), check=True, capture_output=True)
+    assert outcome(folder) == outcome(tmp_path / "straight")
+    last = Folder(folder).rows()[-1]
+    assert last["time"] > 0
+    assert {"lost", "rejected", "participants"} <= last.keys()
 
 
 def test_ctrl_c_finishes_the_round_checkpoints_and_says_how_to_go_on(straight, tmp_path):

@@ -115,7 +115,7 @@ class Comparison:
             area=_summary([statistics.area(*run.series(metric)) for run in runs]),
             target=self._target(runs),
             bytes=_summary([run.total("bytes_down") + run.total("bytes_up") for run in runs]),
-            time=_summary([run.final("time") for run in runs]),
+            time=_summary([run.final("time") for run in runs if run.clock()]),
             worst=_summary([run.final(WORST) for run in runs]),
             epsilon=_summary([run.final("privacy.epsilon") for run in runs]),
         )
@@ -179,7 +179,7 @@ def _cost(run: Run, metric: str, target: float, higher: bool) -> tuple[float, fl
         return None
     until = [row for row in run.rows if row["round"] <= rounds[at]]
     traffic = sum((row.get("bytes_down") or 0) + (row.get("bytes_up") or 0) for row in until)
-    return float(rounds[at]), float(traffic), until[-1].get("time")
+    return float(rounds[at]), float(traffic), run.clock().get(rounds[at])
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def traffic(run: Run) -> list[Figure]:
     traces = [line(rounds, down.tolist(), "to clients", 0), line(rounds, up.tolist(), "from clients", 1)]
     traces[1]["line"] = traces[1]["line"] | {"dash": "dash"}
     out = [Figure("Bytes so far", traces, {"xaxis": axis("round"), "yaxis": axis("MB")})]
-    clock = {row["round"]: row["time"] for row in run.rows if isinstance(row.get("time"), (int, float))}
+    clock = run.clock()
     if clock:
         out.append(Figure("Virtual time", [line(list(clock), list(clock.values()), "time", 0)], _axes("round", "seconds")))
     metric = run.metric()

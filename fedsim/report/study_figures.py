@@ -65,11 +65,39 @@ def curves(comparison: Comparison, setting: str) -> Figure | None:
         traces.append(line(rounds, table.mean(0).tolist(), label, i))
     if not traces:
         return None
-    layout: dict[str, Any] = {"xaxis": axis("round"), "yaxis": axis(name_of(results.metric))}
-    if results.study.get("target") is not None:
-        layout |= rule(float(results.study["target"]), "target")
     note = "Line: mean over seeds. Band: from the lowest to the highest seed." if len(results.seeds) > 1 else ""
+    layout = _to_target(comparison, "round")
     return Figure(_in("Learning curves", setting), traces, layout, note, 400, wide=len(results.settings) == 1)
+
+
+def timed_curves(comparison: Comparison, setting: str) -> Figure | None:
+    """The metric over virtual time, where anything takes time: mean over seeds, and from the lowest to the highest seed.
+
+    Seeds are read off at common times, between evaluations on a straight line, as long as all of them ran.
+    """
+    results, traces = comparison.results, list[Trace]()
+    for i, label in enumerate(results.labels):
+        runs = [run for run in results.runs(setting, label).values() if run.finished and run.clock()]
+        series = [([run.clock()[r] for r in rounds], values) for run in runs for rounds, values in [run.series(results.metric)] if rounds]
+        if not series:
+            continue
+        times = np.linspace(0, min(x[-1] for x, _ in series), 101)
+        table = np.array([np.interp(times, x, y) for x, y in series])
+        if len(series) > 1:
+            traces += band(times.tolist(), table.min(0).tolist(), table.max(0).tolist(), label, i)
+        traces.append(line(times.tolist(), table.mean(0).tolist(), label, i))
+    if not traces:
+        return None
+    layout = _to_target(comparison, "virtual time (s)")
+    note = "Line: mean over seeds. Band: from the lowest to the highest seed." if len(results.seeds) > 1 else ""
+    return Figure(_in("Learning curves by virtual time", setting), traces, layout, note, 400, wide=len(results.settings) == 1)
+
+
+def _to_target(comparison: Comparison, x: str) -> dict[str, Any]:
+    """The layout of learning curves, with a rule at the target where the study has one."""
+    layout: dict[str, Any] = {"xaxis": axis(x), "yaxis": axis(name_of(comparison.results.metric))}
+    target = comparison.results.study.get("target")
+    return layout if target is None else layout | rule(float(target), "target")
 
 
 COSTS = {

@@ -24,7 +24,7 @@ def render(results: StudyResults) -> str:
     sections = [
         Section("Results", _reading(results), tables=[_table(comparison, s) for s in results.settings if _any(comparison, s)]),
         Section("Differences", figures=_present(figures.differences(comparison, s) for s in settings)),
-        Section("Curves", figures=_present(figures.curves(comparison, s) for s in settings)),
+        Section("Curves", figures=_present(make(comparison, s) for s in settings for make in (figures.curves, figures.timed_curves))),
         Section("Sweeps", figures=figures.sweeps(comparison)),
         Section(
             "What it costs",
