@@ -88,7 +88,9 @@ class Wrapper(Strategy, ABC):
 def refuse_messages(inner: Strategy) -> None:
     """Raise where the clients of a strategy are sent more than the model: what they send back is then no mere change of it."""
     if inner.sends is not Params:
-        raise ValueError(f"inner: {type(inner).registered_name} sends its clients more than a model; what they send back cannot be changed here")
+        raise ValueError(
+            f"inner: {type(inner).registered_name} sends its clients more than a model; what they send back cannot be changed here"
+        )
 
 
 def asked(inner: Strategy, problem: Problem, state: Any, ids: Tensor, key: Key) -> tuple[LocalProgram, Params]:
@@ -96,7 +98,9 @@ def asked(inner: Strategy, problem: Problem, state: Any, ids: Tensor, key: Key) 
     distinct, back = np.unique(ids.cpu().numpy(), return_inverse=True)
     jobs = inner.plan(problem, state, distinct, key)
     if any(job.program != jobs[0].program for job in jobs):
-        raise FedsimError(f"{type(inner).registered_name} asks its clients for different things in one round; what each would do now is open")
+        raise FedsimError(
+            f"{type(inner).registered_name} asks its clients for different things in one round; what each would do now is open"
+        )
     order = np.argsort(np.concatenate([job.ids for job in jobs]), kind="stable")
     stacked = concat([tree_map(lambda leaf, job=job: leaf.expand(len(job.ids), *leaf.shape), job.message) for job in jobs])
     return jobs[0].program, rows(stacked, torch.from_numpy(order[back]))

@@ -5,7 +5,7 @@ Wang and Gao, "Tackling Intertwined Data and Device Heterogeneities in Federated
 
     client i:  Delta_i = local(w_{t-tau}) - w_{t-tau}                                     an ordinary client: it knows of nothing
     server, for each stale Delta_i that is unlike the fresh ones:
-        D_i     = argmin over (x, y) of || local(w_{t-tau}; x, y) - w_{t-tau} - Delta_i ||_1      over the `keep` largest entries
+        D_i     = argmin over (x, y) of || local(w_{t-tau}; x, y) - w_{t-tau} - Delta_i ||        over the `keep` largest entries
         hat_i   = local(w_t; D_i) - w_t
         Delta_i <- gamma hat_i + (1 - gamma) Delta_i;    staleness <- 0
     then `inner` has the updates.
@@ -36,7 +36,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fedsim.inversion import Guess, Search, blank, distance, draw, invert, replay, sent_by
+from fedsim.inversion import Guess, Norm, Search, blank, distance, draw, invert, replay, sent_by
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.registry import register
@@ -88,7 +88,7 @@ class Unstale(Wrapper):
     """Turn stale updates into fresh ones by gradient inversion before an inner strategy has them (Wang and Gao, AAAI 2025).
 
     fresh: staleness up to which an update is let through. unique: the quantile above; null = every stale update is inverted.
-    examples: size of D_i. iterations, lr, tolerance: of the search, which ends where the relative mismatch is down to `tolerance`.
+    examples: size of D_i. iterations, lr, norm, tolerance: of the search, which ends where the relative mismatch is down to `tolerance`.
     keep: share of the entries of Delta_i that are matched, the largest. warm: begin at the client's last D_i.
     margin, window, until: of the switch and of gamma, in rounds; until: null = no limit.
     """
@@ -99,8 +99,9 @@ class Unstale(Wrapper):
     fresh: Annotated[int, Ge(0)] = 0
     unique: Annotated[float, Ge(0), Le(1)] | None = 0.5
     examples: Count = 32
-    iterations: Count = 1000
-    lr: Annotated[float, Gt(0)] = 0.1
+    iterations: Count = 400
+    lr: Annotated[float, Gt(0)] = 0.2
+    norm: Norm = "l2"
     tolerance: Annotated[float, Ge(0)] = 0.05
     keep: Annotated[float, Gt(0), Le(1)] = 1.0
     warm: bool = True
@@ -176,7 +177,8 @@ class Unstale(Wrapper):
         ids, n = stale.arrivals.ids, stale.arrivals.n
         program, message = asked(self.inner, problem, state.inner, ids, key)
         sent = sent_by(program, stale.started, stale.arrivals.version, n, stale.payload)
-        found = invert(problem, program, Search(self.iterations, self.lr, self.tolerance, self.keep), sent, self.first(problem, state, ids, key))
+        search = Search(self.iterations, self.lr, self.tolerance, self.keep, self.norm)
+        found = invert(problem, program, search, sent, self.first(problem, state, ids, key))
         estimate = replay(problem, program, replace(sent, started=message, version=now.expand(len(ids))), found.guess)
         sound = finite(estimate) & (found.lowest < 1)  # else it explains nothing of the update
         effort = {"failed": float((~sound).sum()), "iterations": float(found.iterations.double().mean())}
@@ -185,7 +187,9 @@ class Unstale(Wrapper):
         last = sound & torch.cat([ids[1:] != ids[:-1], torch.ones_like(sound[:1])])  # of a client that arrived twice
         kept = state.kept.put(ids[last].cpu(), Kept(rows(found.guess, last), rows(stale.payload, last)))
         arrivals = updates.arrivals
-        arrivals = replace(arrivals, staleness=arrivals.staleness.index_fill(0, where, 0), version=arrivals.version.index_fill(0, where, int(now)))
+        arrivals = replace(
+            arrivals, staleness=arrivals.staleness.index_fill(0, where, 0), version=arrivals.version.index_fill(0, where, int(now))
+        )
         payload = put(updates.payload, where, gamma * estimate + (1 - gamma) * old)
         started = put(updates.started, where, message) if self.inner.recalls else updates.started
         return Updates(arrivals, payload, started), kept, effort

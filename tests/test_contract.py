@@ -76,6 +76,8 @@ STRATEGIES = {
     "fedlaw swa": Case(strategy("fedlaw", local=LOCAL, order="lambda-then-gamma", swa=True), rounds=60, within=2e-2),
     "server-finetune": Case(strategy("server-finetune", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
+    "unstale": Case(strategy("unstale", inner=strategy("fedavg", local=LOCAL), examples=4, iterations=3)),
+    "dc-asgd": Case(strategy("dc-asgd", inner=strategy("fedavg", local=LOCAL))),
 }
 PACES = {"sync": Sync()}
 ROWS = [

@@ -55,7 +55,13 @@ class Recording:
         holders = np.argsort(-share, kind="stable")[:10]
         self.clients = np.sort(holders[:clients])
         self.port = SimPort(
-            Inline(world.trainer()), self.scenario.fleet.participation, world.labels, world.data.sizes, NOTHING, None, rng.fold(seed, rng.FLEET)
+            Inline(world.trainer()),
+            self.scenario.fleet.participation,
+            world.labels,
+            world.data.sizes,
+            NOTHING,
+            None,
+            rng.fold(seed, rng.FLEET),
         )
         self.path = [world.w]
         for t in range(rounds):
@@ -108,7 +114,7 @@ Row = dict[str, float]
 
 def fates(rec: Recording, tau: int, args: argparse.Namespace) -> Row:
     """Means over clients and versions, of one seed and staleness."""
-    search = Search(args.iterations, args.lr, args.tolerance, args.keep)
+    search = Search(args.iterations, args.lr, args.tolerance, args.keep, args.norm)
     started, current, stale, sent = searches(rec, [(t - tau, t) for t in args.at])
     true = rec.changes(list(args.at))
     count = len(sent.steps)
@@ -133,10 +139,10 @@ def fates(rec: Recording, tau: int, args: argparse.Namespace) -> Row:
 
 def efforts(rec: Recording, keep: float, args: argparse.Namespace) -> Row:
     """Iterations and seconds of a search from a random start, and of one from its result, for each client's update `gap` rounds later."""
-    search = Search(args.iterations, args.lr, args.tolerance, keep)
+    search = Search(args.iterations, args.lr, args.tolerance, keep, args.norm)
     (tau,) = args.staleness[:1]
     _, _, _, before = searches(rec, [(t - tau - args.gap, t) for t in args.at])
-    started, current, stale, sent = searches(rec, [(t - tau, t) for t in args.at])
+    _, current, _, sent = searches(rec, [(t - tau, t) for t in args.at])
     count = len(sent.steps)
     guess = draw(rec.problem, rec.world.w, args.examples, rng.fold_each(rng.fold(rec.scenario.seed, rng.SERVER), np.arange(count)))
     earlier = invert(rec.problem, rec.program, search, before, guess).guess
@@ -169,7 +175,9 @@ def show(title: str, values: list[object], rows: list[list[Row]]) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.unstale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.unstale", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("part", choices=("error", "effort"))
     numbers = lambda kind: lambda text: [kind(value) for value in text.split(",")]  # noqa: E731
     parser.add_argument("--staleness", type=numbers(int), default=[5, 10, 20, 50], help="effort: the first of them")
@@ -180,7 +188,7 @@ def main() -> None:
     parser.add_argument("--gap", type=int, default=10, help="effort: rounds between a client's updates (%(default)s)")
     parser.add_argument("--keeps", type=numbers(float), default=[1.0, 0.05], help="effort: shares that are matched")
     parser.add_argument("--lam", type=float, default=4.0, help="of first-order compensation (%(default)s)")
-    for name in ("examples", "iterations", "lr", "tolerance", "keep"):
+    for name in ("examples", "iterations", "lr", "norm", "tolerance", "keep"):
         default = Unstale.__dataclass_fields__[name].default
         parser.add_argument(f"--{name}", type=type(default), default=default, help="as the field of unstale (%(default)s)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE", help="as in `fedsim run`")
