@@ -133,20 +133,30 @@ def _all_valid(makers: list[partial[Cell]]) -> list[Cell]:
 
 def _put_strategy(document: Document, study: Document, label: str) -> None:
     """Let the document's strategy be the study's under `label`, with the client program of the one before where it says nothing else."""
-    before = document.values.get("strategy")
+    outer, before = _innermost(document.values.get("strategy"))
     local = before.get("local") if isinstance(before, dict) else None
-    shared = {k: v for k, v in document.lines.items() if k[:2] == ("strategy", "local")}
+    shared = {k[len(outer) + 1 :]: v for k, v in document.lines.items() if k[: len(outer) + 2] == ("strategy", *outer, "local")}
     document.graft(("strategy",), study, ("strategies", label))
-    strategy = document.values["strategy"]
-    if isinstance(strategy, str):
-        strategy = document.values["strategy"] = {"name": strategy}
+    if isinstance(document.values["strategy"], str):
+        document.values["strategy"] = {"name": document.values["strategy"]}
+    outer, strategy = _innermost(document.values["strategy"])
     if not isinstance(strategy, dict):
         return
     merged = _merge_program(strategy.get("local"), {"name": local} if isinstance(local, str) else local, str(strategy.get("name")))
     if merged is not None:
         strategy["local"] = merged
         for path, place in shared.items():
-            document.lines.setdefault(path, place)
+            document.lines.setdefault(("strategy", *outer, *path), place)
+
+
+def _innermost(strategy: Any) -> tuple[Path_, Any]:
+    """Where below a strategy the one is that none is inside of, and what it says: it has the client program."""
+    path: Path_ = ()
+    while isinstance(strategy, dict) and "inner" in strategy:
+        if isinstance(strategy["inner"], str):
+            strategy["inner"] = {"name": strategy["inner"]}
+        path, strategy = (*path, "inner"), strategy["inner"]
+    return path, strategy
 
 
 def _merge_program(own: Any, shared: Any, strategy: str) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.errors import FedsimError
 from fedsim.params import Params
 from fedsim.table import IN_RAM, Storage
 from fedsim.types import Batch, Draw, Draws
@@ -37,10 +38,14 @@ class Task(ABC):
             (d,) = torch.autograd.grad(each, leaf, torch.ones_like(each))
         return each.detach(), d
 
+    def targets(self, free: Tensor) -> Tensor:
+        """Targets that may lie between labels, from any numbers: what is optimised where labels are unknown. `[B, outputs] -> [B, ...]`."""
+        raise FedsimError(f"{type(self).__name__.lower()} has no targets between its labels, so examples cannot be reconstructed")
+
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One of `outputs` classes: cross-entropy of logits `[B, K]` against labels `[B]` int64."""
+    """One of `outputs` classes: cross-entropy of logits `[B, K]` against labels `[B]` int64, or against probabilities `[B, K]`."""
 
     outputs: int
     names: tuple[str, ...] = ()
@@ -52,6 +57,9 @@ class Classification(Task):
         """`softmax(output) - onehot(y)`, written out because it runs in every step."""
         logp, place = output.log_softmax(1), y[:, None]
         return -logp.gather(1, place)[:, 0], logp.exp().scatter_add_(1, place, logp.new_full((), -1.0).expand(place.shape))
+
+    def targets(self, free: Tensor) -> Tensor:
+        return free.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,9 @@ class Regression(Task):
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (output - y).square().sum(1)
 
+    def targets(self, free: Tensor) -> Tensor:
+        return free
+
 
 @dataclass(frozen=True)
 class MultiLabel(Task):
@@ -84,6 +95,32 @@ class MultiLabel(Task):
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, y.to(output.dtype), reduction="none").mean(1)
+
+    def targets(self, free: Tensor) -> Tensor:
+        return free.sigmoid()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an input of real numbers can be.
+
+    Attributes:
+        shape: of one input.
+        low, high: the least and greatest value, `[channels, 1, 1]` for pictures, one number for everything else.
+    """
+
+    shape: tuple[int, ...]
+    low: Tensor
+    high: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> Inputs | None:
+        """The range that examples `x` `[M, ...]` span; None for tokens and other whole numbers."""
+        if not x.is_floating_point():
+            return None
+        over = (0, 2, 3) if x.ndim == 4 else tuple(range(x.ndim))
+        low, high = x.amin(over), x.amax(over)
+        return Inputs(tuple(x.shape[1:]), *((low[:, None, None], high[:, None, None]) if x.ndim == 4 else (low, high)))
 
 
 class Network:
@@ -132,6 +169,7 @@ class Problem:
         rates: the true share of rounds in which each client takes part, `[N]` float32, or None where the platform does not know it.
         frozen: the model that an earlier phase deployed, or None.
         storage: where tables with a row for each client are kept.
+        inputs: shape and range of an input, which a server knows from how its clients prepare their data; None for tokens.
         version: how many server updates the model at hand has behind it; schedules look at it. 0-dim float.
         taped: differentiate with the autograd tape (fast for one client at a time) instead of `torch.func` (needed under vmap).
     """
@@ -144,6 +182,7 @@ class Problem:
     rates: Tensor | None = None
     frozen: Params | None = None
     storage: Storage = IN_RAM
+    inputs: Inputs | None = None
     version: Tensor = field(default_factory=lambda: torch.zeros(()))
     taped: bool = False
 

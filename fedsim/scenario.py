@@ -31,6 +31,7 @@ from fedsim.pace import Pace, Sync
 from fedsim.registry import dump, section
 from fedsim.strategy import LocalProgram, Strategy
 from fedsim.wording import explain
+from fedsim.wrapper import Wrapper
 
 
 @section
@@ -164,12 +165,14 @@ def _misfits(strategy: Strategy, scenario: Scenario, where: str) -> Iterator[Sce
     if scenario.pace.paced not in strategy.paces:
         allowed = ", ".join(sorted(strategy.paces))
         yield ScenarioError(where, f"{name} does not run at the pace '{scenario.pace.paced}'; it declares: {allowed}")
-    program = type(strategy.local)
+    if "proxy" in strategy.needs and scenario.data.proxy is None:
+        yield ScenarioError(where, f"{name} needs proxy data on the server; add data.proxy, e.g. {{source: train, size: 200}}")
+    program, below = type(strategy.local), strategy
+    while isinstance(below, Wrapper):  # the program is a field of the innermost
+        below, where = below.inner, f"{where}.inner"
     if program.receives is not strategy.sends:
         fitting = sorted(n for n, p in LocalProgram.choices.items() if p.receives is strategy.sends)  # type: ignore[attr-defined]
         yield ScenarioError(f"{where}.local", f"{program.registered_name} does not run under {name}; these do: {', '.join(fitting)}")
-    if "proxy" in strategy.needs and scenario.data.proxy is None:
-        yield ScenarioError(where, f"{name} needs proxy data on the server; add data.proxy, e.g. {{source: train, size: 200}}")
 
 
 def load_plugins() -> None:

@@ -123,6 +123,11 @@ def rows(tree: Any, index: Any) -> Any:
     return tree_map(lambda leaf: leaf[index], tree)
 
 
+def put(tree: Any, index: Tensor, new: Any) -> Any:
+    """A stacked pytree in which the rows `index` `[U]` are those of `new`. `[C, ...], [U, ...] -> [C, ...]`."""
+    return tree_map(lambda old, value: old.index_copy(0, index, value), tree, new)
+
+
 def stack(trees: list[Any]) -> Any:
     """Pytrees of one structure, stacked: leaves `[...] -> [C, ...]`."""
     return tree_map(lambda *leaves: torch.stack([torch.as_tensor(leaf) for leaf in leaves]), *trees)

@@ -18,7 +18,7 @@ from fedsim.fleet import Full, Uniform
 from fedsim.models import realise
 from fedsim.pace import Sync
 from fedsim.params import Params
-from fedsim.problem import Network, Problem
+from fedsim.problem import Inputs, Network, Problem
 from fedsim.scenario import Scenario
 from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
 from fedsim.sim.footprint import footprint
@@ -85,7 +85,7 @@ def build(scenario: Scenario) -> World:
     w = w.to(device, dtype)
     proxy = None if data.proxy is None else Batch(_cast(data.proxy.x, device, dtype), _cast(data.proxy.y, device, dtype))
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
-    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, version=version)
+    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, version=version, inputs=Inputs.of(x))
     mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
     return adapt(World(data, labels, problem, w, mode), scenario)
 

@@ -10,7 +10,6 @@ from scipy.integrate import quad
 from scipy.stats import lognorm
 
 from fedsim import rng
-from fedsim.data import count_examples
 from fedsim.errors import ScenarioError
 from fedsim.fleet import DeviceClass, Fleet, Latency, Spread
 from fedsim.local import Sgd
@@ -18,6 +17,7 @@ from fedsim.pace import Buffered, Deadline, Sync
 from fedsim.registry import lookup
 from fedsim.scenario import load_plugins
 from fedsim.sim.clock import Clock, Events
+from fedsim.steps import count_examples
 from fedsim.strategy import Strategy
 from tests.toy import jumpers, rounds_of
 

@@ -84,6 +84,8 @@ STRATEGIES = {
     "fedlaw swa": Case(strategy("fedlaw", local=LOCAL, order="lambda-then-gamma", swa=True), rounds=60, within=2e-2),
     "server-finetune": Case(strategy("server-finetune", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
+    "unstale": Case(strategy("unstale", inner=strategy("fedavg", local=LOCAL), examples=4, iterations=3)),
+    "dc-asgd": Case(strategy("dc-asgd", inner=strategy("fedavg", local=LOCAL))),
 }
 PACES = {"sync": Sync(), "deadline": Deadline(seconds=2.0, cohort=8), "buffered": Buffered(concurrency=6, buffer=4)}
 DEVICES = Latency(compute=lookup(Spread, "lognormal")(median=0.05, sigma=0.7), jitter=0.3)

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms by floor. Files of floor 0, 1, 2 and 5 are one room each floor: they may use each other.
 FLOORS = [
-    {"errors", "params", "registry", "rng", "table", "tree", "types"},
-    {"problem", "staleness", "strategy", "local", "intervals", "proxy", "privacy"},
+    {"errors", "params", "registry", "rng", "steps", "table", "tree", "types"},
+    {"problem", "staleness", "strategy", "local", "intervals", "proxy", "privacy", "wrapper", "inversion"},
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "flower", "audit"},

@@ -23,6 +23,7 @@ from fedsim.strategy import LocalProgram, Strategy
 ROOT = Path(__file__).parents[1] / "scenarios"
 FILES = sorted(path for path in ROOT.rglob("*.yaml") if not is_study(path))
 PAPERS = [
+    "dc-asgd",
     "fedadagrad",
     "fedadam",
     "fedau",
@@ -43,6 +44,7 @@ PAPERS = [
     "scaffold",
     "server-finetune",
     "trimmed-mean",
+    "unstale",
 ]
 EXPECTED = {"quickstart", "studies/million", "studies/pfl_cifar10", *(f"papers/{name}" for name in PAPERS)}
 

@@ -4,10 +4,11 @@ Importing this package registers every source and every partition.
 """
 
 from fedsim.data import external, files, images, synthetic, tabular, text
-from fedsim.data.batches import count_examples, count_steps, plan
+from fedsim.data.batches import plan
 from fedsim.data.federation import Data, Federation, Lists, Proxy
 from fedsim.data.partition import Partition, Split
 from fedsim.data.source import Dataset, Examples, Source, resolve_root
+from fedsim.steps import count_steps
 
 SOURCE_MODULES = (images, tabular, text, files, synthetic, external)
 """The modules that register sources."""
@@ -22,7 +23,6 @@ __all__ = [
     "Proxy",
     "Source",
     "Split",
-    "count_examples",
     "count_steps",
     "plan",
     "resolve_root",

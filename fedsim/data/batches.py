@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 from fedsim import rng
 from fedsim.data.federation import Lists
+from fedsim.steps import Plan, count_batches, count_steps
 from fedsim.types import Work
-
-
-class Plan(Protocol):
-    """What a program says about its steps; see `fedsim.strategy.LocalProgram`."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def batch_size(self) -> int | None: ...
-
-
-def _batches(program: Plan, sizes: np.ndarray) -> np.ndarray:
-    """Batches in an epoch of each client, `[C]` int64: the last one may be partial."""
-    return -(-sizes // program.batch_size) if program.batch_size is not None else (sizes > 0).astype(np.int64)
-
-
-def count_steps(program: Plan, sizes: np.ndarray) -> np.ndarray:
-    """Steps of each client in one pass, `[C]` int64. A client without examples has none."""
-    batches = _batches(program, np.asarray(sizes, dtype=np.int64))
-    return np.where(batches > 0, program.steps, 0) if program.steps is not None else program.epochs * batches
-
-
-def count_examples(program: Plan, sizes: np.ndarray) -> np.ndarray:
-    """Examples that each client processes in one pass, each epoch anew, `[C]` int64."""
-    sizes = np.asarray(sizes, dtype=np.int64)
-    if program.steps is None or program.batch_size is None:
-        return count_steps(program, sizes) * sizes if program.steps is not None else program.epochs * sizes
-    full, rest = np.divmod(program.steps, np.maximum(_batches(program, sizes), 1))
-    return np.where(sizes > 0, full * sizes + np.minimum(rest * program.batch_size, sizes), 0)
 
 
 def plan(program: Plan, lists: Lists, ids: np.ndarray, keys: rng.Keys) -> Work:
@@ -55,7 +23,7 @@ def plan(program: Plan, lists: Lists, ids: np.ndarray, keys: rng.Keys) -> Work:
         keys: one for each client, with round and pass folded in, `[C]` uint64.
     """
     sizes = lists.count(ids)
-    steps, batches = count_steps(program, sizes), _batches(program, sizes)
+    steps, batches = count_steps(program, sizes), count_batches(program, sizes)
     if (np.diff(steps) > 0).any():
         raise ValueError("the clients of a chunk must come by decreasing number of steps")
     widest = int(sizes.max(initial=1))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.data import count_examples
 from fedsim.engine import Port, Received, Weigh, merge
 from fedsim.fleet import ARRIVES, LOST, Fates, Fleet
 from fedsim.sim.clock import Clock, Events
@@ -19,6 +18,7 @@ from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
 from fedsim.sim.executor import Executor, Failure
 from fedsim.sim.harm import Harm
 from fedsim.sim.jobs import Group, Kept
+from fedsim.steps import count_examples
 from fedsim.strategy import LocalProgram
 from fedsim.table import IN_RAM, Storage, Table
 from fedsim.tree import nbytes, rows, tree_map
