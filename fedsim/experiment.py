@@ -216,7 +216,8 @@ class _Training:
         problem, data, strategy, batch = self.world.problem, self.world.data, stage.strategy, self.scenario.evaluate.batch
         shared = w if state is None or strategy.personal else strategy.deploy(state, strategy.memory(problem, w))
         on = "validation" if self.scenario.data.validation else "test"
-        row = {f"{on}.{name}": _plain(value) for name, value in evaluate(self.executor, problem, shared, len(data.test_x), batch).items()}
+        scores = evaluate(self.executor, problem, shared, len(data.test_x), batch, self.scenario.evaluate.classes)
+        row = {f"{on}.{name}": _plain(value) for name, value in scores.items()}
         if self.scenario.evaluate.clients:
             personal = strategy.personal and port is not None
             models = (lambda i: strategy.deploy(state, port.memory_of(i))) if personal and port else shared

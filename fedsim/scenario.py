@@ -50,11 +50,13 @@ class Evaluate:
 
     every: rounds between evaluations (the first and the last model are always evaluated).
     clients: also on every client's own test data (`data.client_test`), with spread over clients.
+    classes: also the accuracy of each class (classification only).
     batch: examples at a time.
     """
 
     every: Annotated[int, Gt(0)] = 1
     clients: bool = False
+    classes: bool = False
     batch: Annotated[int, Gt(0)] = 2000
 
 

@@ -16,9 +16,9 @@ from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
 from fedsim.fleet import Full, Uniform
 from fedsim.models import realise
-from fedsim.pace import Sync
+from fedsim.pace import Buffered, Sync
 from fedsim.params import Params
-from fedsim.problem import Inputs, Network, Problem
+from fedsim.problem import Classification, Inputs, Network, Problem
 from fedsim.scenario import Scenario
 from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
 from fedsim.sim.footprint import footprint
@@ -97,6 +97,12 @@ def adapt(world: World, scenario: Scenario) -> World:
         if "rates" in stage.strategy.needs and rates is None:
             where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
             raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
+    scenario.fleet.latency.draw(world.data.clients, world.labels, rng.fold(scenario.seed, rng.FLEET))  # complains of what does not fit
+    if isinstance(scenario.pace, Buffered) and scenario.pace.buffer > world.data.clients:
+        few = f"{scenario.pace.buffer} updates, but there are only {world.data.clients} clients, and a buffer holds a client once"
+        raise ScenarioError("pace.buffer", few)
+    if scenario.evaluate.classes and not isinstance(world.data.task, Classification):
+        raise ScenarioError("evaluate.classes", f"only a classification has classes, and this task is {type(world.data.task).__name__}")
     world = replace(world, problem=replace(world.problem, rates=rates))
     world = replace(world, seconds=_estimate(scenario, world.data, world.labels, world.problem, world.w))
     return replace(world, workers=_count_workers(scenario, world))

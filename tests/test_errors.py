@@ -132,16 +132,22 @@ FIELDS = [
     broken(
         "unknown name",
         edit(14, "  name: fedavgg"),
-        (14, "strategy.name", "there is no 'fedavgg' (did you mean 'fedavg'?); there are: fedadagrad"),
+        (14, "strategy.name", "there is no 'fedavgg' (did you mean 'fedavg'?); there are: "),
     ),
-    broken("unknown bare name", edit(12, "pace: snyc"), (12, "pace", "there is no 'snyc' (did you mean 'sync'?); there are: sync")),
-    broken("name that is a number", edit(14, "  name: 3"), (14, "strategy.name", "should be a name, not 3; there are: fedadagrad")),
-    broken("no name", edit(14, "  weights: all"), (13, "strategy", "needs a `name`; there are: fedadagrad")),
+    broken(
+        "unknown bare name",
+        edit(12, "pace: snyc"),
+        (12, "pace", "there is no 'snyc' (did you mean 'sync'?); there are: buffered, deadline, sync"),
+    ),
+    broken("name that is a number", edit(14, "  name: 3"), (14, "strategy.name", "should be a name, not 3; there are: ")),
+    broken("no name", edit(14, "  weights: all"), (13, "strategy", "needs a `name`; there are: ")),
     broken("name of another kind", edit(9, "model: fedavg"), (9, "model", "there is no 'fedavg'; there are: char-lstm")),
     broken(
-        "choice that is null", edit(12, "pace:"), (12, "pace", "should be a name, or {name: ..., field: value}, not null; there are: sync")
+        "choice that is null",
+        edit(12, "pace:"),
+        (12, "pace", "should be a name, or {name: ..., field: value}, not null; there are: buffered, deadline, sync"),
     ),
-    broken("choice that is a list", edit(12, "pace: [sync]"), (12, "pace", "not ['sync']; there are: sync")),
+    broken("choice that is a list", edit(12, "pace: [sync]"), (12, "pace", "not ['sync']; there are: buffered, deadline, sync")),
     broken("bare name that needs a field", edit(5, "  source: npz"), (5, "data.source.path", "is required")),
     broken(
         "section that is missing",
@@ -150,7 +156,9 @@ FIELDS = [
         (9, "modle", "'model'"),
     ),
     broken(
-        "section that is a number", edit(17, "evaluate: 5"), (17, "evaluate", "should be a mapping, not 5; fields: every, clients, batch")
+        "section that is a number",
+        edit(17, "evaluate: 5"),
+        (17, "evaluate", "should be a mapping, not 5; fields: every, clients, classes, batch"),
     ),
     broken("word for a number", edit(16, "rounds: many"), (16, "rounds", "should be a whole number, not 'many'")),
     broken(
@@ -221,9 +229,24 @@ FIELDS = [
 
 COMBINATIONS = [
     broken(
+        "pace that a strategy does not run at",
+        edit(12, "pace: {name: buffered, concurrency: 5, buffer: 2}").replace("fedavg", "fedau"),
+        (13, "strategy", "fedau does not run at the pace 'buffered'; it declares: sync"),
+    ),
+    broken(
+        "over-selection of everybody", edit(12, "pace: {name: sync, over_selection: 0.3}"), (12, "pace", "over_selection needs a cohort")
+    ),
+    broken("deadline without a time", edit(12, "pace: deadline"), (12, "pace.seconds", "is required")),
+    broken(
+        "dropping out more than always",
+        edit(11, "  faults: {drop: {download: 0.5, upload: 0.6}}"),
+        (11, "fleet.faults.drop", "together they are more than 1"),
+    ),
+    broken("chance above one", edit(11, "  faults: {duplicate: 1.5}"), (11, "fleet.faults.duplicate", "1")),
+    broken(
         "neither strategy nor phases",
         without(13, 16),
-        (2, "strategy", "is required (or `phases`); there are: fedadagrad"),
+        (2, "strategy", "is required (or `phases`); there are: "),
         (2, "rounds", "is required (or `phases`), e.g. rounds: 100"),
     ),
     broken("strategy without rounds", without(16, 16), (2, "rounds", "is required (or `phases`), e.g. rounds: 100")),
@@ -298,6 +321,35 @@ YAML = [
 ]
 
 WORLD = [
+    broken(
+        "slow labels that are not there",
+        edit(11, "  latency: {compute: {name: pareto, least: 1.0}, slow_labels: [10]}"),
+        (11, "fleet.latency.slow_labels", "there is no class 10; classes are 0 to 9"),
+    ),
+    broken(
+        "bandwidth of nothing",
+        edit(11, "  latency: {up: {name: constant, value: 0.0}}"),
+        (11, "fleet.latency.up", "never ends; leave up out for no delay"),
+    ),
+    broken(
+        "devices that were not recorded",
+        edit(11, "  latency: {delay: {name: recorded, file: no.csv}}"),
+        (11, "fleet.latency.delay.file", "there is no file no.csv"),
+    ),
+    broken(
+        "buffer that never fills",
+        edit(12, "pace: {name: buffered, concurrency: 5, buffer: 11}"),
+        (12, "pace.buffer", "11 updates, but there are only 10 clients"),
+    ),
+    broken(
+        "classes of a task that has none",
+        edit(5, "  source: least-squares\n  clients: 10")
+        .replace("  clients: 10\n  clients: 10", "  clients: 10")
+        .replace("partition: {name: dirichlet, alpha: 0.3}", "partition: linear")
+        .replace("model: {name: mlp, hidden: [8]}", "model: logreg")
+        .replace("evaluate: {clients: true}", "evaluate: {classes: true}"),
+        (17, "evaluate.classes", "only a classification has classes"),
+    ),
     broken("more clients than examples", edit(6, "  clients: 100000"), (6, "data.clients", "100000 clients cannot share 1438 examples")),
     broken("no number of clients", without(6, 6), (4, "data.clients", "say how many clients there are")),
     broken(

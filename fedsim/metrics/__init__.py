@@ -2,6 +2,6 @@
 
 from fedsim.metrics.fairness import across_clients
 from fedsim.metrics.record import Metrics, add, mean
-from fedsim.metrics.scores import Record, measure, per_example, summarise
+from fedsim.metrics.scores import Record, by_class, measure, per_example, summarise
 
-__all__ = ["Metrics", "Record", "across_clients", "add", "mean", "measure", "per_example", "summarise"]
+__all__ = ["Metrics", "Record", "across_clients", "add", "by_class", "mean", "measure", "per_example", "summarise"]

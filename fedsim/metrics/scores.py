@@ -107,6 +107,12 @@ def _(task: Classification, record: Record) -> dict[str, float]:
     }
 
 
+def by_class(record: Record) -> dict[str, float]:
+    """The share of each class's examples that is recognised (recall), from a record of a classification; NaN for a class without any."""
+    right, true = record["confusion"].diagonal(), record["confusion"].sum(1)
+    return {f"class_{k}.accuracy": _ratio(right[k], true[k]) for k in range(len(true))}
+
+
 @per_example.register
 def _(task: Classification, output: Tensor, y: Tensor) -> Record:
     loss = task.loss(output, y)

@@ -24,7 +24,11 @@ def curves(run: Run) -> list[Figure]:
             note = "Band: the middle 80 % of clients, each on its own test data; dashed: the median client."
             traces = clients + traces
         out.append(Figure("Accuracy", traces, {"xaxis": axis("round"), "yaxis": axis("accuracy")}, note))
-    others = [n for n in run.names(f"{on}.") if n not in {f"{on}.loss", f"{on}.accuracy"}]
+    classes = run.names(f"{on}.class_")
+    if classes:
+        traces = [line(*run.series(name), name.split(".")[1].replace("_", " "), i) for i, name in enumerate(classes)]
+        out.append(Figure("Accuracy of each class", traces, {"xaxis": axis("round"), "yaxis": axis("accuracy")}, wide=True))
+    others = [n for n in run.names(f"{on}.") if n not in {f"{on}.loss", f"{on}.accuracy", *classes}]
     out += [Figure(_title(n), [line(*run.series(n), name_of(n), 0)], {"xaxis": axis("round"), "yaxis": axis(name_of(n))}) for n in others]
     return out
 

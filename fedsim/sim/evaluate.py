@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedsim.data import Federation
-from fedsim.metrics import across_clients, per_example, summarise
+from fedsim.metrics import across_clients, by_class, per_example, summarise
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.sim.executor import Executor
@@ -18,11 +18,14 @@ from fedsim.tree import add, concat
 Score = dict[str, float]
 
 
-def evaluate(executor: Executor, problem: Problem, w: Params, count: int, batch: int) -> Score:
-    """Loss, accuracy and so on over the `count` examples of the test set, `batch` at a time, on the workers."""
+def evaluate(executor: Executor, problem: Problem, w: Params, count: int, batch: int, classes: bool = False) -> Score:
+    """Loss, accuracy and so on over the `count` examples of the test set, `batch` at a time, on the workers; perhaps also of each class."""
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
     records = executor.map("measure", w, parts)
-    return summarise(problem.task, reduce(add, records)) if records else {}
+    if not records:
+        return {}
+    record = reduce(add, records)
+    return summarise(problem.task, record) | (by_class(record) if classes else {})
 
 
 def evaluate_clients(
