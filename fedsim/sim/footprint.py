@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,6 @@ def footprint(trainer: Trainer, program: LocalProgram, message: Any, chunk: Chun
     """The most bytes that are allocated at a time, beyond data and message, while `chunk` takes one step of `program`."""
     single: Any = replace(program, steps=1)  # type: ignore[type-var]
     plain = replace(trainer, compile=False)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says on stderr that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         plain.train((single, message), chunk)
     now = most = 0
