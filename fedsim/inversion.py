@@ -30,7 +30,8 @@ from fedsim.tree import concat, record, rows, tree_map
 from fedsim.types import Batch
 
 Norm = Literal["l1", "l2"]
-"""In which a mismatch is measured. l1 is the paper's; its gradient does not fade near the end, and hundreds of iterations stall where l2 goes on."""
+"""In which a mismatch is measured. l1 is the paper's; its gradient does not fade near the end, and a search of hundreds of iterations
+stalls where one by l2 goes on (scenarios/papers/unstale.yaml has figures)."""
 
 
 @record

@@ -123,7 +123,7 @@ class Unstale(Wrapper):
         return Unstaling(self.inner.init(problem, w), kept, -1, Arrivals(nobody, torch.zeros(0), nobody, nobody), {})
 
     def server(self, problem: Problem, state: Unstaling, updates: Updates, key: Key) -> Unstaling:
-        now, told = int(problem.version), {}
+        now, told = int(problem.version), dict[str, float]()
         if self.gamma(now, state.switched) > 0:
             e1, e2 = self.compare(problem, state, updates, key)
             if state.switched < 0 and e2 < self.margin * e1:
