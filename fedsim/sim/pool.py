@@ -25,6 +25,7 @@ from fedsim.sim.executor import PATIENT, Executor, Failure, Patience
 from fedsim.tree import flatten, unflatten
 from fedsim.types import Batch
 
+
 PAGE = 4096
 """Bytes of a memory page, or fewer."""
 
