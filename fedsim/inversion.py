@@ -30,7 +30,8 @@ from fedsim.tree import concat, record, rows, tree_map
 from fedsim.types import Batch
 
 Norm = Literal["l1", "l2"]
-"""In which a mismatch is measured. l1 is the paper's; its gradient does not fade near the end, and hundreds of iterations stall where l2 goes on."""
+"""In which a mismatch is measured. l1 is the paper's; its gradient does not fade near the end, and a search of hundreds of iterations
+stalls where one by l2 goes on (scenarios/papers/unstale.yaml has figures)."""
 
 
 @record
@@ -91,7 +92,7 @@ def inputs_of(problem: Problem) -> Inputs:
 
 def sent_by(program: LocalProgram, started: Params, version: Tensor, n: Tensor, change: Params) -> Sent:
     """The record of updates of clients with `n` examples each."""
-    steps = torch.from_numpy(count_steps(program, n.cpu().numpy())).to(n.device)
+    steps = torch.from_numpy(count_steps(program, n.cpu().numpy())).to(next(iter(change.values())).device)
     return Sent(started, version, steps, change)
 
 
@@ -143,7 +144,7 @@ def largest(change: Params, keep: float) -> Params:
 def invert(problem: Problem, program: LocalProgram, search: Search, sent: Sent, guess: Guess) -> Found:
     """The best guess for each update, from a first one. What is found for an update does not depend on the others beside it."""
     count = len(sent.steps)
-    start = Found(guess, sent.version.new_full((count,), math.inf, dtype=torch.float64), torch.zeros_like(sent.steps))
+    start = Found(guess, sent.steps.new_full((count,), math.inf, dtype=torch.float64), torch.zeros_like(sent.steps))
     zero = tree_map(torch.zeros_like, guess)
     matched = largest(sent.change, search.keep)
     hunt = _Hunt(sent, matched, guess, zero, zero, start, torch.arange(count, device=sent.steps.device))

@@ -125,7 +125,7 @@ def rows(tree: Any, index: Any) -> Any:
 
 def put(tree: Any, index: Tensor, new: Any) -> Any:
     """A stacked pytree in which the rows `index` `[U]` are those of `new`. `[C, ...], [U, ...] -> [C, ...]`."""
-    return tree_map(lambda old, value: old.index_copy(0, index, value), tree, new)
+    return tree_map(lambda old, value: old.index_copy(0, index.to(old.device), value), tree, new)
 
 
 def stack(trees: list[Any]) -> Any:

@@ -56,6 +56,10 @@ class Wrapper(Strategy, ABC):
         return self.inner.paces
 
     @property
+    def recalls(self) -> bool:  # type: ignore[override]
+        return self.inner.recalls
+
+    @property
     def personal(self) -> bool:  # type: ignore[override]
         return self.inner.personal
 
