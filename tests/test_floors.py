@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms by floor. Files of floor 0, 1 and 5 are one room each floor: they may use each other.
 FLOORS = [
     {"errors", "params", "registry", "rng", "table", "tree", "types"},
-    {"problem", "strategy", "local", "intervals", "proxy", "privacy"},
+    {"problem", "strategy", "local", "intervals", "proxy", "privacy", "conformal"},
     {"engine"},
     {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "flower", "audit"},
