@@ -9,12 +9,12 @@
 FCP: Lu, Yu, Karimireddy, Jordan, Raskar, "Federated Conformal Predictors for Distributed Uncertainty Quantification", ICML 2023
 (arXiv 2305.17564). FedCP-QQ: Humbert, Le Bars, Bellet, Arlot, "One-Shot Federated Conformal Prediction", ICML 2023 (arXiv 2302.06322).
 
-Under exchangeability G_i(t) = P(Q_i <= t-th quantile of the scores) = I_t(l_i, n_i - l_i + 1), l_i = ceil((1 - alpha)(n_i + 1)), a regularised
-incomplete beta function, 0 where l_i > n_i. The k-th smallest of m independent ones covers with probability
+Under exchangeability G_i(t) = P(Q_i <= t-th quantile of the scores) = I_t(l_i, n_i - l_i + 1) with l_i = ceil((1 - alpha)(n_i + 1)), a
+regularised incomplete beta function; 0 where l_i > n_i. The k-th smallest of m independent ones covers with probability
     1 - integral_0^1 P(at least k of Bernoulli(G_i(t)), i = 1..m) dt,
 and k is the least with which that is at least 1 - alpha (m + 1, a full set, where there is none).
 
-Differs: FCP puts mass K (clients) at infinity, here it is 1. FedCP-QQ searches over l as well where all n_i are equal; here l_i is fixed, and
+Differs: FCP puts mass K (clients) at infinity, here it is 1. FedCP-QQ searches over l as well, with n_i all equal; here l_i is as above, and
 n_i may differ. Neither weighs labels.
 """
 

@@ -1,7 +1,7 @@
 """Conformal calibration by sketches: each client sends a t-digest of its scores of each class, once; the server merges them.
 
 Lu, Yu, Karimireddy, Jordan, Raskar, "Federated Conformal Predictors for Distributed Uncertainty Quantification", ICML 2023
-(arXiv 2305.17564) find pooled quantiles with T-Digests; t-digest: Dunning and Ertl, 2019 (arXiv 1902.04023), here that of Apache DataSketches.
+(arXiv 2305.17564) find pooled quantiles with T-Digests; t-digest: Dunning and Ertl, 2019 (arXiv 1902.04023), here Apache DataSketches'.
 
     client i:  D_iy = t-digest of its scores of class y, with its number M_iy
     server:    D_y = merge of D_iy over i, in order of i;  F_y(q): share of D_y at or below q
@@ -10,8 +10,8 @@ Lu, Yu, Karimireddy, Jordan, Raskar, "Federated Conformal Predictors for Distrib
 One round serves any number of targets, also later ones, because class-conditional distributions are what label shift leaves alone. With
 `target: pooled` it is FCP.
 
-Differs: one digest for each class (FCP: one in all), so that the server can weigh them (ours). FCP puts mass K (clients) at infinity, here it
-is the candidate's own w_y. F_y is looked at on a grid of `POINTS` quantiles of each D_y; Q is rounded up to the next of them.
+Differs: one digest for each class (FCP: one in all), so that the server can weigh them (ours). FCP puts mass K (clients) at infinity, here
+it is the candidate's own w_y. F_y is looked at on a grid of `POINTS` quantiles of each D_y; Q is rounded up to the next of them.
 """
 
 from __future__ import annotations
