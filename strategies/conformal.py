@@ -11,7 +11,7 @@ Plassier, Makni, Rubashevskii, Moulines, Panov, "Conformal Prediction for Federa
     server:           q <- q + (n / |S|) sum_{i in S} lambda_i (q_i - q);   qbar: the average of the iterates
     sets:             C(x) = { y : V(x, y) <= qbar_y + gamma (1 - alpha) }
 
-S_g is the Moreau envelope of the pinball loss (`fedsim/conformal/pinball.py`), n the clients that have counted, w_inf = w_y for the threshold
+S_g is the Moreau envelope of the pinball loss (`fedsim/conformal/pinball.py`), n the clients that counted, w_inf = w_y for the threshold
 of label y: K thresholds in parallel, or one with the largest weight (`per_label: false`), for each target law. Messages are these scalars.
 
 Privacy of one calibration example (replaced by another; how many a client has is public):
@@ -20,10 +20,10 @@ Privacy of one calibration example (replaced by another; how many a client has i
                  for S_g' lies in an interval of length 1; R x L thresholds at once:     s_i = z_g sqrt(R L) max w / m_i
     budget       1 / z^2 = 1 / z_c^2 + T K / z_g^2, `count_share` of it for the counts; no amplification by sampling is claimed
 
-Differs: of the paper only the abstract could be consulted; the rest follows from its ingredients. m_i is made of released counts, which the
-bound on sensitivity needs. The average weighs the j-th iterate by about j^average (Shamir and Zhang, ICML 2013; 0 is the plain mean). A class
-that the target has and calibration lacks is in every set; with noise, one counts as lacking up to two deviations of its count. Thresholds are
-infinite where there are too few examples. Who has not counted in the first `counting` rounds is not part of it.
+Differs: of the paper only the abstract could be consulted; the rest follows from its ingredients. m_i is made of released counts, as the
+bound on sensitivity needs. The average weighs the j-th iterate by about j^average (Shamir and Zhang, ICML 2013; 0 is the plain mean). A
+class that the target has and calibration lacks is in every set; with noise, one counts as lacking up to two deviations of its count.
+Thresholds are infinite where there are too few examples. Who has not counted in the first `counting` rounds is not part of it.
 """
 
 from __future__ import annotations

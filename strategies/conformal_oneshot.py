@@ -14,8 +14,8 @@ regularised incomplete beta function; 0 where l_i > n_i. The k-th smallest of m 
     1 - integral_0^1 P(at least k of Bernoulli(G_i(t)), i = 1..m) dt,
 and k is the least with which that is at least 1 - alpha (m + 1, a full set, where there is none).
 
-Differs: FCP puts mass K (clients) at infinity, here it is 1. FedCP-QQ searches over l as well, with n_i all equal; here l_i is as above, and
-n_i may differ. Neither weighs labels.
+Differs: FCP puts mass K (clients) at infinity, here it is 1. FedCP-QQ searches over l as well, with all n_i equal; here l_i is as above
+and n_i may differ. Neither weighs labels.
 """
 
 from __future__ import annotations

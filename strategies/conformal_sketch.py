@@ -105,6 +105,11 @@ def merged(packed: np.ndarray, counts: np.ndarray) -> Any:
     return total
 
 
+def ranks(sketch: Any, grid: np.ndarray) -> np.ndarray:
+    """F_y on a grid. The digest counts half of what lies at a point itself; at its largest number all is counted."""
+    return np.where(grid >= sketch.get_max_value(), 1.0, np.array([sketch.get_rank(q) for q in grid]))
+
+
 @register("conformal-sketch")
 @dataclass(frozen=True)
 class SketchConformal(OneShot):
@@ -128,7 +133,7 @@ class SketchConformal(OneShot):
         grid = np.unique([[d.get_quantile(level) for level in levels] for d in found if d is not None])
         if not len(grid):
             return torch.full_like(weights, torch.inf)
-        share = [np.zeros(len(grid)) if d is None else np.array([d.get_rank(q) for q in grid]) for d in found]  # [K, G]
+        share = [np.zeros(len(grid)) if d is None else ranks(d, grid) for d in found]  # [K, G]
         reached = (mass @ torch.from_numpy(np.array(share))).cummax(1).values  # [R, G]
         goal = (1 - self.alpha) * (mass.sum(1, keepdim=True) + weights) * (1 - 1e-12)
         place = torch.searchsorted(reached, goal)

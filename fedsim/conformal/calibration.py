@@ -86,6 +86,8 @@ class Calibration(LocalProgram, ABC):
     """Scores all calibration data of a client under the frozen model, `batch_size` at a time; `finish` says what becomes of them."""
 
     reads: ClassVar[Literal["train", "calibration"]] = "calibration"
+    receives: ClassVar[type] = Tensor  # alpha
+
     score: Score = Lac()
     epochs: Literal[1] = 1
     steps: None = None
@@ -135,6 +137,8 @@ class Heard:
 
 class OneShot(ConformalStrategy, ABC):
     """Each client answers once, in the first round that it turns up in; `thresholds` are a function of all answers so far."""
+
+    sends: ClassVar[type] = Tensor  # alpha
 
     @abstractmethod
     def blank(self, problem: Problem) -> Any:

@@ -66,7 +66,7 @@ def _ranked(output: Tensor, u: Tensor, penalty: float, free: int) -> Tensor:
     Labels come by falling probability, equal ones by number.
     """
     p, order = output.softmax(1).sort(dim=1, descending=True, stable=True)  # [B, K]
-    rank = torch.arange(1, p.shape[1] + 1, device=p.device)
+    rank = torch.arange(1, p.shape[1] + 1, device=p.device, dtype=p.dtype)
     v = p.cumsum(1) - p + u[:, None] * p + penalty * (rank - free).clamp(min=0)
     return torch.zeros_like(v).scatter(1, order, v)
 
