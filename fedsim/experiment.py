@@ -229,6 +229,7 @@ class _Training:
             judged = judge_sets(self.executor, problem, strategy, state, data, batch, self.scenario.seed)
             row |= {f"coverage.{name}": _plain(value) for name, value in self._coverage(judged, strategy.alpha).items()}
             means |= dict(zip(("coverage", "set_size"), judged.by_client()[:2], strict=True))
+            means |= {"class_coverage": judged.by_class()[0]} if judged.classes > 1 else {}
         if means and data.clients <= MOST_SCORED:
             self.folder.log("scores", _score_row(number, means))
         return row
@@ -243,7 +244,7 @@ class _Training:
 
 
 def _score_row(number: int, means: dict[str, np.ndarray]) -> Row:
-    """Each client's scores at an evaluation, `[N]`, to six digits; null for a client without test data."""
+    """Each client's scores at an evaluation, `[N]`, and each class's, `[K]`, to six digits; null where there are no test data."""
     return {"round": number} | {
         SCORE if name == "correct" else name: [round(v, 6) if math.isfinite(v) else None for v in values.tolist()]
         for name, values in means.items()

@@ -26,7 +26,7 @@ from torch import Tensor
 from fedsim.conformal import Alpha, Calibration, Heard, OneShot, Pooled, Scored, Target, class_count, importance, room
 from fedsim.problem import Problem
 from fedsim.registry import register
-from fedsim.strategy import NOTHING
+from fedsim.strategy import NOTHING, Report
 from fedsim.tree import record
 from fedsim.types import Reply
 
@@ -94,13 +94,18 @@ class SendDigests(Calibration):
         return Reply(Digests(packed, counts), NOTHING, {})
 
 
-def merged(packed: np.ndarray, counts: np.ndarray) -> Any:
-    """One digest of many `[N, places]`, or None where there are no numbers in any."""
+def unpack(row: np.ndarray) -> Any:
+    """The digest in a place."""
     from datasketches import tdigest_double
 
+    return tdigest_double.deserialize(row.tobytes())
+
+
+def merged(packed: np.ndarray, counts: np.ndarray) -> Any:
+    """One digest of many `[N, places]`, or None where there are no numbers in any."""
     total = None
     for row in packed[counts > 0]:
-        part = tdigest_double.deserialize(row.tobytes())
+        part = unpack(row)
         total = part if total is None else (total.merge(part), total)[1]
     return total
 
@@ -123,6 +128,11 @@ class SketchConformal(OneShot):
         k = class_count(problem)
         size = places(self.local.compression, room(problem))
         return Digests(problem.version.new_zeros(k, size).byte(), problem.version.new_zeros(k).long())
+
+    def more(self, state: Heard) -> Report:
+        """What the digests weigh without the zeros that fill up their places."""
+        packed = state.answers.packed.cpu().numpy()[state.answers.counts.cpu().numpy() > 0]
+        return {"digest_bytes": float(sum(unpack(row).get_serialized_size_bytes() for row in packed))}
 
     def thresholds(self, problem: Problem, state: Heard) -> Tensor:
         counts, packed = state.answers.counts.cpu(), state.answers.packed.cpu().numpy()

@@ -110,7 +110,7 @@ def test_unweighted_sets_break_it_by_seventeen_points(calibration):
 
 
 def test_descent_without_noise_keeps_it_too(calibration):
-    """Above the exact quantile by gamma = 0.005 and one mass for all labels: 1.2 points, where the target's density is 2.3, and own_mass."""
+    """Above the exact quantile by gamma = 0.005 and one mass for all labels: 1.2 points, at a density of 2.3, and own_mass."""
     outcome = judge(privately(*calibration, None))
     assert LOW <= outcome.hits <= HIGH
     slack = 4 * outcome.spread / math.sqrt(REPETITIONS)

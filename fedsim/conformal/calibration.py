@@ -144,6 +144,10 @@ class OneShot(ConformalStrategy, ABC):
     def blank(self, problem: Problem) -> Any:
         """An answer of zeros."""
 
+    def more(self, state: Heard) -> Report:
+        """What else there is to say of the answers. Default: nothing."""
+        return {}
+
     def init(self, problem: Problem, w: Params) -> Heard:
         n = problem.clients
         answers = tree_map(lambda leaf: leaf.expand(n, *leaf.shape).clone(), self.blank(problem))
@@ -161,7 +165,8 @@ class OneShot(ConformalStrategy, ABC):
 
     def report(self, problem: Problem, before: Heard, state: Heard, arrivals: Arrivals) -> Report:
         q = self.thresholds(problem, state)
-        return {"answered": float(state.heard.sum()), "full_sets": float(q.isinf().all(1).double().mean())}
+        said: Report = {"answered": float(state.heard.sum()), "full_sets": float(q.isinf().all(1).double().mean())}
+        return said | self.more(state)
 
 
 def all_scores(heard: Tensor, v: Tensor, y: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
