@@ -87,6 +87,8 @@ STRATEGIES = {
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "conformal": Case(conformal("conformal", "pinball-sgd", lr=1.0, gamma=0.02, counting=2), rounds=300, within=0.04),
     "conformal two steps": Case(conformal("conformal", "pinball-sgd", lr=1.0, gamma=0.02, steps=2, counting=2), rounds=300, within=0.08),
+    "conformal-weights": Case(strategy("conformal-weights", local=LOCAL, score=Residual(), every=3)),
+    "conformal-weights gap": Case(strategy("conformal-weights", local=LOCAL, score=Residual(), every=3, rule="gap")),
     "conformal-exact": Case(conformal("conformal-exact", "send-scores"), rounds=8, within=1e-12),
     "conformal-sketch": Case(conformal("conformal-sketch", "send-digests"), rounds=8, within=2e-2),
     "conformal-qq": Case(conformal("conformal-qq", "send-quantile"), rounds=8, within=0.3),
