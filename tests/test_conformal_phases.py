@@ -1,4 +1,4 @@
-"""Conformal phases of a scenario: refused with reasons, run to the same bits however, and logged numbers that a second computation gives."""
+"""Conformal phases of a scenario: refused with reasons, run to the same bits however, with numbers that a second computation gives."""
 
 import json
 from itertools import islice
@@ -33,7 +33,7 @@ phases:
   - {TRAIN}
   - {{strategy: {{name: conformal-exact, target: own}}, rounds: 1}}
   - {{strategy: {{name: conformal-sketch, local: {{name: send-digests, score: aps}}}}, rounds: 1}}
-  - {{strategy: {{name: conformal, target: own, local: {{name: pinball-sgd, score: raps, steps: 2}}, epsilon: 50, iterations: 4}}, rounds: 6}}
+  - {{strategy: {{name: conformal, local: {{name: pinball-sgd, score: raps, steps: 2}}, epsilon: 50, iterations: 4}}, rounds: 6}}
 """
 
 
