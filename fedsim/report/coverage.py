@@ -32,9 +32,9 @@ class Calibrated:
     classes: list[float | None]
 
     def value(self, name: str) -> float | None:
-        """A number of the last evaluation, e.g. "coverage.marginal"."""
-        found = self.last.get(name)
-        return float(found) if isinstance(found, (int, float)) else None
+        """A number of the last evaluation, e.g. "coverage.marginal", or else the last of the phase."""
+        found = [v for row in [*self.rows, self.last] if isinstance(v := row.get(name), (int, float))]
+        return float(found[-1]) if found else None
 
     def total(self, name: str) -> float:
         """The sum of a number over the phase."""
