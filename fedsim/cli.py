@@ -240,7 +240,7 @@ def show(
 
 KINDS = (
     *("strategies", "programs", "schedules", "models", "data", "partitions"),
-    *("participation", "rates", "modulations", "paces", "trackers", "scenarios", "studies"),
+    *("participation", "rates", "modulations", "paces", "scores", "targets", "trackers", "scenarios", "studies"),
 )
 
 

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
+from fedsim.conformal import ConformalStrategy, OfClient, calibration_sizes
 from fedsim.engine import Received, Round, run
 from fedsim.folder import Folder
 from fedsim.manifest import manifest
-from fedsim.metrics import mean
+from fedsim.metrics import Judged, coverage, mean, of_client, under_law
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.scenario import Phase, Scenario, dump_scenario
-from fedsim.sim.evaluate import evaluate, evaluate_clients
+from fedsim.sim.evaluate import evaluate, evaluate_clients, judge_sets
 from fedsim.sim.executor import Executor, Inline, Patience
 from fedsim.sim.pool import Cluster, RayPool
 from fedsim.sim.port import SimPort
@@ -148,7 +149,7 @@ class _Training:
             executor=self.executor,
             fleet=scenario.fleet,
             labels=world.labels,
-            sizes=world.data.sizes,
+            sizes=world.data.sizes if stage.strategy.local.reads == "train" else calibration_sizes(world.problem),
             blank=stage.strategy.memory(world.problem, first),
             chunk=None if scenario.engine.chunk == "auto" else scenario.engine.chunk,
             key=rng.fold(scenario.seed, rng.FLEET),
@@ -205,9 +206,10 @@ class _Training:
             staleness = received.arrivals.staleness.double()
             row |= {"staleness.mean": float(staleness.mean()), "staleness.max": int(staleness.max())}
         row |= {f"train.{name}": _plain(value) for name, value in mean(received.metrics).items()}
-        row |= {f"server.{name}": _plain(float(value)) for name, value in last.report.items() if not _per_client(value)}
-        total = sum(s.rounds for s in self.scenario.stages())
-        if number % self.scenario.evaluate.every == 0 or number == total:
+        for name, value in last.report.items():
+            if not _per_client(value):
+                row[name if "." in name else f"server.{name}"] = _plain(float(value))
+        if number % self.scenario.evaluate.every == 0 or last.version == stage.rounds:
             row |= self._scores(number, stage, last.state, last.state.w, port)
         return row
 
@@ -218,21 +220,35 @@ class _Training:
         on = "validation" if self.scenario.data.validation else "test"
         scores = evaluate(self.executor, problem, shared, len(data.test_x), batch, self.scenario.evaluate.classes)
         row = {f"{on}.{name}": _plain(value) for name, value in scores.items()}
+        means: dict[str, np.ndarray] = {}
         if self.scenario.evaluate.clients:
             personal = strategy.personal and port is not None
             models = (lambda i: strategy.deploy(state, port.memory_of(i))) if personal and port else shared
             spreads, means = evaluate_clients(self.executor, problem, models, data, batch)
-            if data.clients <= MOST_SCORED:
-                self.folder.log("scores", _score_row(number, means))
             for name, spread in spreads.items():
                 # Best and worst, and fairness, are said of what one wants more of.
                 label, kinds = (SCORE, tuple(spread)) if name == "correct" else (name, ("mean", "weighted_mean", "std"))
                 row |= {f"clients.{label}.{kind}": _plain(spread[kind]) for kind in kinds}
+        if isinstance(strategy, ConformalStrategy) and state is not None:
+            judged = judge_sets(self.executor, problem, strategy, state, data, batch, self.scenario.seed)
+            row |= {f"coverage.{name}": _plain(value) for name, value in self._coverage(judged, strategy.alpha).items()}
+            means |= dict(zip(("coverage", "set_size"), judged.by_client()[:2], strict=True))
+            means |= {"class_coverage": judged.by_class()[0]} if judged.classes > 1 else {}
+        if means and data.clients <= MOST_SCORED:
+            self.folder.log("scores", _score_row(number, means))
         return row
+
+    def _coverage(self, judged: Judged, alpha: float) -> dict[str, float]:
+        """What prediction sets are worth, also for the label law that the scenario asks for."""
+        target, counts = self.scenario.evaluate.target, self.world.data.label_counts(self.world.data.calibration)
+        if isinstance(target, OfClient):
+            return coverage(judged, alpha) | of_client(judged, target.id)
+        laws = np.zeros((0, 0)) if target is None or counts is None else target.laws(torch.from_numpy(counts)).numpy()
+        return coverage(judged, alpha) | (under_law(judged, laws[0]) if len(laws) == 1 else {})
 
 
 def _score_row(number: int, means: dict[str, np.ndarray]) -> Row:
-    """Each client's scores at an evaluation, `[N]`, to six digits; null for a client without test data."""
+    """Each client's scores at an evaluation, `[N]`, and each class's, `[K]`, to six digits; null where there are no test data."""
     return {"round": number} | {
         SCORE if name == "correct" else name: [round(v, 6) if math.isfinite(v) else None for v in values.tolist()]
         for name, values in means.items()

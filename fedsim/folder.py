@@ -157,7 +157,8 @@ class Folder:
 
         try:
             meta = json.loads(path.read_bytes())
-            arrays = load_file(path.with_suffix(".safetensors"))
+            # Copies, because tensors in the file lie at any address, and sums over those round otherwise.
+            arrays = {name: tensor.clone() for name, tensor in load_file(path.with_suffix(".safetensors")).items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise FedsimError(f"{path}: cannot be read ({error}); delete it to go on from the one before") from None
         if meta.get("format") != FORMAT:

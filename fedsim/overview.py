@@ -128,6 +128,7 @@ def catalogue(kind: str) -> list[tuple[str, str]]:
 
 
 def _kinds() -> dict[str, type[Kind]]:
+    from fedsim.conformal import Score, Target
     from fedsim.data import Partition, Source
     from fedsim.fleet import Modulation, Participation, Rates
     from fedsim.local import Schedule
@@ -148,6 +149,8 @@ def _kinds() -> dict[str, type[Kind]]:
         "modulations": Modulation,
         "schedules": Schedule,
         "paces": Pace,
+        "scores": Score,
+        "targets": Target,
     }
 
 

@@ -88,6 +88,19 @@ class Regression(Task):
 
 
 @dataclass(frozen=True)
+class Quantiles(Task):
+    """Two quantiles of a real target: the pinball losses of `[B, 2]` at the levels `low` and `high` against `[B, 1]` float, added up."""
+
+    low: float = 0.05
+    high: float = 0.95
+    outputs: int = 2
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        level = output.new_tensor([self.low, self.high])
+        return torch.maximum(level * (y - output), (level - 1) * (y - output)).sum(1)
+
+
+@dataclass(frozen=True)
 class MultiLabel(Task):
     """Any subset of `outputs` labels: binary cross-entropy of logits `[B, L]` against `[B, L]` in {0, 1}, averaged over labels."""
 
@@ -166,6 +179,7 @@ class Problem:
         sizes: training examples of each client, `[N]` float32.
         example_draws: random numbers the network needs for one example in training (dropout), by buffer name.
         proxy: the server's own data, or None.
+        calibration: calibration examples of each client, `[N]` float32, or None where the scenario keeps none.
         rates: the true share of rounds in which each client takes part, `[N]` float32, or None where the platform does not know it.
         frozen: the model that an earlier phase deployed, or None.
         storage: where tables with a row for each client are kept.
@@ -179,6 +193,7 @@ class Problem:
     sizes: Tensor
     example_draws: dict[str, Draw] = field(default_factory=dict)
     proxy: Batch | None = None
+    calibration: Tensor | None = None
     rates: Tensor | None = None
     frozen: Params | None = None
     storage: Storage = IN_RAM

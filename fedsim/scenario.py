@@ -22,6 +22,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 import fedsim.local  # noqa: F401  (registers programs)
 from fedsim import trackers
+from fedsim.conformal import ConformalStrategy, Target
 from fedsim.data import Data
 from fedsim.document import Document, Path_, parse
 from fedsim.errors import FedsimError, ScenarioError
@@ -48,15 +49,17 @@ class Phase:
 class Evaluate:
     """When and on what the deployed model is measured.
 
-    every: rounds between evaluations (the first and the last model are always evaluated).
+    every: rounds between evaluations (the first model and the last of each phase are always evaluated).
     clients: also on every client's own test data (`data.client_test`), with spread over clients.
     classes: also the accuracy of each class (classification only).
+    target: a label law under which the coverage of prediction sets is measured, too; that of one client: on its own test data.
     batch: examples at a time.
     """
 
     every: Annotated[int, Gt(0)] = 1
     clients: bool = False
     classes: bool = False
+    target: Target | None = None
     batch: Annotated[int, Gt(0)] = 2000
 
 
@@ -143,6 +146,10 @@ def faults(scenario: Scenario) -> Iterator[ScenarioError]:
         yield ScenarioError("name", "names the folder of a run: at most 200 bytes, without slashes, leading dots and control characters")
     if scenario.evaluate.clients and not scenario.data.client_test:
         yield ScenarioError("evaluate.clients", "needs client test data; set data.client_test, e.g. to 0.2")
+    if scenario.data.calibration and not scenario.data.client_test:
+        yield ScenarioError(
+            "data.calibration", "is a part of each client's test data, and there are none; set data.client_test, e.g. to 0.4"
+        )
     if scenario.engine.address is not None and scenario.engine.workers in (0, "auto"):
         yield ScenarioError("engine.workers", "engine.address joins a Ray cluster: say how many workers to start there")
     yield from trackers.faults(scenario.output.trackers)
@@ -150,7 +157,7 @@ def faults(scenario: Scenario) -> Iterator[ScenarioError]:
         if scenario.strategy is None:
             yield ScenarioError("strategy", f"is required (or `phases`); there are: {', '.join(sorted(Strategy.choices))}")
         else:
-            yield from _misfits(scenario.strategy, scenario, "strategy")
+            yield from _misfits(scenario.strategy, scenario, "strategy", first=True)
         if scenario.rounds is None:
             yield ScenarioError("rounds", "is required (or `phases`), e.g. rounds: 100")
         return
@@ -159,10 +166,10 @@ def faults(scenario: Scenario) -> Iterator[ScenarioError]:
     if not scenario.phases:
         yield ScenarioError("phases", "is empty; a scenario trains for at least one phase")
     for i, phase in enumerate(scenario.phases):
-        yield from _misfits(phase.strategy, scenario, f"phases.{i}.strategy")
+        yield from _misfits(phase.strategy, scenario, f"phases.{i}.strategy", first=i == 0)
 
 
-def _misfits(strategy: Strategy, scenario: Scenario, where: str) -> Iterator[ScenarioError]:
+def _misfits(strategy: Strategy, scenario: Scenario, where: str, first: bool) -> Iterator[ScenarioError]:
     name = type(strategy).registered_name
     if scenario.pace.paced not in strategy.paces:
         allowed = ", ".join(sorted(strategy.paces))
@@ -175,6 +182,14 @@ def _misfits(strategy: Strategy, scenario: Scenario, where: str) -> Iterator[Sce
     if program.receives is not strategy.sends:
         fitting = sorted(n for n, p in LocalProgram.choices.items() if p.receives is strategy.sends)  # type: ignore[attr-defined]
         yield ScenarioError(f"{where}.local", f"{program.registered_name} does not run under {name}; these do: {', '.join(fitting)}")
+    if "calibration" in strategy.needs and not scenario.data.calibration:
+        yield ScenarioError(
+            where,
+            f"{name} needs calibration data; set data.client_test, e.g. to 0.4, and data.calibration, the share of it that calibrates",
+        )
+    if first and isinstance(strategy, ConformalStrategy):
+        example = f"phases: [{{strategy: fedavg, rounds: 50}}, {{strategy: {name}, rounds: 1}}]"
+        yield ScenarioError(where, f"{name} calibrates the model of an earlier phase, and there is none; e.g. {example}")
 
 
 def load_plugins() -> None:

@@ -88,6 +88,7 @@ class LocalProgram(Kind, ABC):
     """
 
     passes: ClassVar[tuple[str, ...]] = ("train",)  # named passes over the data, each of `epochs` or `steps`
+    reads: ClassVar[Literal["train", "calibration"]] = "train"  # which of a client's data
     receives: ClassVar[type] = Params  # the type of message it begins with; a strategy that sends another cannot run it
     epochs: int
     steps: int | None
@@ -125,7 +126,7 @@ class Strategy(Kind, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the problem must have: of "proxy" and "rates". A scenario that lacks it is refused before anything trains."""
+        """What the problem must have: of "proxy", "calibration" and "rates". A scenario that lacks it is refused before anything trains."""
         return frozenset()
 
     @abstractmethod

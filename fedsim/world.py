@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
+from fedsim.conformal import ConformalStrategy
 from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
 from fedsim.fleet import Full, Uniform
@@ -67,7 +68,7 @@ class World:
     def trainer(self, compile: bool = False) -> Trainer:
         """What trains and evaluates, in this process or on a worker."""
         data = self.data
-        return Trainer(self.problem, data.x, data.y, data.train, self.mode, Batch(data.test_x, data.test_y), compile)
+        return Trainer(self.problem, data.x, data.y, data.train, self.mode, Batch(data.test_x, data.test_y), compile, data.calibration)
 
 
 def build(scenario: Scenario) -> World:
@@ -85,7 +86,8 @@ def build(scenario: Scenario) -> World:
     w = w.to(device, dtype)
     proxy = None if data.proxy is None else Batch(_cast(data.proxy.x, device, dtype), _cast(data.proxy.y, device, dtype))
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
-    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, version=version, inputs=Inputs.of(x))
+    calibration = torch.from_numpy(data.calibration.sizes.astype(np.float32)) if scenario.data.calibration else None
+    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, calibration, version=version, inputs=Inputs.of(x))
     mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
     return adapt(World(data, labels, problem, w, mode), scenario)
 
@@ -97,6 +99,11 @@ def adapt(world: World, scenario: Scenario) -> World:
         if "rates" in stage.strategy.needs and rates is None:
             where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
             raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
+        if isinstance(stage.strategy, ConformalStrategy):  # before anything trains
+            stage.strategy.check(world.problem, f"phases.{i}.strategy")
+    target = scenario.evaluate.target
+    if target is not None and (fault := target.fault(world.problem)):
+        raise ScenarioError("evaluate.target", fault)
     scenario.fleet.latency.draw(world.data.clients, world.labels, rng.fold(scenario.seed, rng.FLEET))  # complains of what does not fit
     if isinstance(scenario.pace, Buffered) and scenario.pace.buffer > world.data.clients:
         few = f"{scenario.pace.buffer} updates, but there are only {world.data.clients} clients, and a buffer holds a client once"

@@ -3,13 +3,15 @@
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from fedsim import rng, tree
+from fedsim.conformal import ConformalStrategy, Pooled, Residual, weighted_quantile
 from fedsim.data import Data
 from fedsim.data.federation import Proxy
 from fedsim.data.partition import Partition
@@ -35,6 +37,13 @@ load_plugins()
 
 def strategy(name: str, **fields) -> Strategy:
     return lookup(Strategy, name)(**fields)
+
+
+def conformal(name: str, program: str, counting: int | None = None, **fields) -> Strategy:
+    """A conformal strategy for the pooled residuals of the least-squares federation."""
+    local = lookup(LocalProgram, program)(score=Residual(), **fields)
+    more = {} if counting is None else {"counting": counting, "start": 1.0}
+    return strategy(name, local=local, **({} if name in {"conformal-qq", "conformal-local"} else {"target": Pooled()}), **more)
 
 
 LOCAL = Sgd(lr=0.1, steps=4, batch_size=10)
@@ -86,6 +95,14 @@ STRATEGIES = {
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "unstale": Case(strategy("unstale", inner=strategy("fedavg", local=LOCAL), examples=4, iterations=3)),
     "dc-asgd": Case(strategy("dc-asgd", inner=strategy("fedavg", local=LOCAL))),
+    "conformal": Case(conformal("conformal", "pinball-sgd", lr=1.0, gamma=0.02, counting=2), rounds=120, within=0.04),
+    "conformal two steps": Case(conformal("conformal", "pinball-sgd", lr=1.0, gamma=0.02, steps=2, counting=2), rounds=120, within=0.08),
+    "conformal-weights": Case(strategy("conformal-weights", local=LOCAL, score=Residual(), every=3)),
+    "conformal-weights gap": Case(strategy("conformal-weights", local=LOCAL, score=Residual(), every=3, rule="gap")),
+    "conformal-exact": Case(conformal("conformal-exact", "send-scores"), rounds=8, within=1e-12),
+    "conformal-sketch": Case(conformal("conformal-sketch", "send-digests"), rounds=8, within=2e-2),
+    "conformal-qq": Case(conformal("conformal-qq", "send-quantile"), rounds=8, within=0.3),
+    "conformal-local": Case(conformal("conformal-local", "send-quantile"), rounds=8, within=0.3),
 }
 PACES = {"sync": Sync(), "deadline": Deadline(seconds=2.0, cohort=8), "buffered": Buffered(concurrency=6, buffer=4)}
 DEVICES = Latency(compute=lookup(Spread, "lognormal")(median=0.05, sigma=0.7), jitter=0.3)
@@ -109,7 +126,9 @@ def test_every_registered_strategy_has_a_row_and_every_row_a_pace():
 @pytest.fixture(scope="module")
 def world() -> World:
     """A federation of twelve clients of unequal size that share one optimum, with no noise: every sound strategy finds it."""
-    return build(scenario(STRATEGIES["fedavg"].strategy))
+    made = build(scenario(STRATEGIES["fedavg"].strategy))
+    # The data that clients train on are those that they calibrate on, and the model of an earlier phase is the initial one.
+    return replace(made, problem=replace(made.problem, calibration=made.problem.sizes, frozen=made.w))
 
 
 def scenario(chosen: Strategy, seed: int = 0) -> Scenario:
@@ -131,7 +150,7 @@ def scenario(chosen: Strategy, seed: int = 0) -> Scenario:
 
 
 def port_of(chosen: Strategy, world: World, mode: str = "vmap", seed: int = 0, pace: Pace = PACES["sync"]) -> SimPort:
-    trainer = Trainer(world.problem, world.data.x, world.data.y, world.data.train, mode)
+    trainer = Trainer(world.problem, world.data.x, world.data.y, world.data.train, mode, calibration=world.data.train)
     blank = chosen.memory(world.problem, world.w)
     participation = lookup(Participation, "uniform")(clients=8)
     fleet = Fleet(participation) if pace.paced == "sync" else Fleet(latency=DEVICES)
@@ -156,10 +175,30 @@ def same_bits(a, b) -> bool:
 @every_strategy
 def test_reaches_the_known_optimum(case, pace, world):
     halved = pace.paced == "buffered"  # half the updates a round
-    w = rounds(case.strategy, world, (1 + halved) * case.rounds, pace).state.w
+    state = rounds(case.strategy, world, (1 + halved) * case.rounds, pace).state
+    if isinstance(case.strategy, ConformalStrategy):
+        return reaches_the_quantile(case, state, world)
+    w = state.w
     distance = (next(iter(w.values())) - world.data.optimum).norm().item()
     assert (next(iter(world.w.values())) - world.data.optimum).norm() > 1
     assert distance < case.within
+
+
+def reaches_the_quantile(case, state, world):
+    """The optimum of a conformal strategy is the quantile of the residuals of the clients it has heard; the median of local ones is near.
+
+    Far from the exact quantile are those that only see quantiles, of about 20 examples a client.
+    """
+    assert same_bits(state.w, world.w)
+    heard = (state.known if hasattr(state, "known") else state.heard).numpy()
+    own = np.flatnonzero(heard[world.data.train.owners()])
+    assert heard.sum() >= 10
+    scores = (world.data.x @ next(iter(world.w.values())).T - world.data.y).abs()[world.data.train.index[own], 0]
+    alpha, problem = case.strategy.alpha, world.problem
+    exact = weighted_quantile(scores, torch.zeros(len(scores)).long(), torch.ones(1, 1), alpha)
+    got = case.strategy.thresholds(problem, state)
+    assert got.shape[1] == 1
+    assert abs(got.quantile(0.5, 0) - exact).item() < case.within * exact.item()
 
 
 @every_strategy
@@ -184,7 +223,9 @@ def test_resumed_equals_straight(case, pace, world):
 
 @every_strategy
 def test_same_key_same_bits_and_another_seed_other_bits(case, pace, world):
-    first, again, other = (rounds(case.strategy, world, 3, pace, seed=s).state.w for s in (0, 0, 1))
+    first, again, other = (rounds(case.strategy, world, 3, pace, seed=s).state for s in (0, 0, 1))
+    if not isinstance(case.strategy, ConformalStrategy):  # they leave the model as it is
+        first, again, other = first.w, again.w, other.w
     assert same_bits(first, again)
     assert not same_bits(first, other)
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms by floor. Files of floor 0, 1, 2 and 5 are one room each floor: they may use each other.
 FLOORS = [
     {"errors", "params", "registry", "rng", "steps", "table", "tree", "types"},
-    {"problem", "staleness", "strategy", "local", "intervals", "proxy", "privacy", "wrapper", "inversion"},
+    {"problem", "staleness", "strategy", "local", "intervals", "proxy", "privacy", "wrapper", "inversion", "conformal"},
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "flower", "audit"},

@@ -10,12 +10,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, mean_absolute_error, mean_squared_error, r2_score
+from scipy.stats import binom
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    log_loss,
+    mean_absolute_error,
+    mean_pinball_loss,
+    mean_squared_error,
+    r2_score,
+)
+from statsmodels.stats.proportion import proportion_confint
 
 from fedsim import tree
 from fedsim.errors import FedsimError
-from fedsim.metrics import across_clients, add, mean, measure, per_example, summarise
-from fedsim.problem import Classification, MultiLabel, NextToken, Regression, Task
+from fedsim.metrics import (
+    Judged,
+    across_clients,
+    add,
+    binomial_interval,
+    coverage,
+    mean,
+    measure,
+    of_client,
+    per_example,
+    summarise,
+    under_law,
+)
+from fedsim.problem import Classification, MultiLabel, NextToken, Quantiles, Regression, Task
 
 IGNORE = NextToken.IGNORE
 
@@ -247,3 +270,95 @@ def test_fairness_at_the_edges():
     assert across_clients(np.zeros(3), np.ones(3))["jain"] == 1
     assert math.isnan(across_clients(np.array([-1.0, 1]), np.ones(2))["jain"])
     assert math.isnan(across_clients(np.ones(2), np.zeros(2))["weighted_mean"])
+
+
+# ---- two quantiles of a real target
+
+
+def test_quantiles_by_hand():
+    """Levels 0.1 and 0.9. Example 1: y = 2 in [1, 3]: 0.1 * 1 + 0.1 * 1. Example 2: y = 5 above [0, 4]: 0.1 * 5 + 0.9 * 1."""
+    task = Quantiles(0.1, 0.9)
+    output, y = torch.tensor([[1.0, 3.0], [0.0, 4.0], [9.0, 9.0]]), torch.tensor([[2.0], [5.0], [0.0]])
+    record = measure(task, output, y, torch.tensor([1.0, 1.0, 0.0]))
+    got = summarise(task, record)
+    assert got == pytest.approx({"loss": (0.2 + 1.4) / 2, "inside": 0.5, "width": 3.0})
+    assert per_example(task, output, y)["loss"][:2].tolist() == pytest.approx([0.2, 1.4])
+    loss = [mean_pinball_loss([[2.0], [5.0]], output[:2, i : i + 1], alpha=level) for i, level in enumerate((0.1, 0.9))]
+    assert got["loss"] == pytest.approx(sum(loss))
+
+
+# ---- prediction sets
+
+
+def judged(**more) -> Judged:
+    """Six examples of clients 0, 0, 0, 2, 2, 2 (client 1 has none) and classes 0, 1, 1, 0, 0, 2 of four."""
+    fields = {
+        "covered": np.array([True, True, False, True, True, False]),
+        "size": np.array([1.0, 2, 0, 1, 1, 3]),
+        "owner": np.array([0, 0, 0, 2, 2, 2]),
+        "label": np.array([0, 1, 1, 0, 0, 2]),
+        "clients": 3,
+        "classes": 4,
+        "counted": True,
+    }
+    return Judged(**(fields | more))
+
+
+def test_coverage_by_hand():
+    got = coverage(judged(), alpha=0.1)
+    low, high = proportion_confint(4, 6, method="beta")
+    assert got == pytest.approx(
+        {
+            "marginal": 4 / 6,
+            "low": low,
+            "high": high,
+            "client_mean": 2 / 3,
+            "worst_client": 2 / 3,
+            "worst_10": 2 / 3,
+            "client_gap": 0.9 - 2 / 3,
+            "clients_below": 0.0,  # two of three are within the noise of nine tenths
+            "class_gap": (0.1 + 0.4 + 0.9) / 3,
+            "worst_class": 0.0,
+            "set_size": 8 / 6,
+            "set_size_client_mean": (1 + 5 / 3) / 2,
+            "singletons": 0.5,
+            "empty": 1 / 6,
+        }
+    )
+    mine, size, count = judged().by_client()
+    assert math.isnan(mine[1])
+    assert count.tolist() == [3, 0, 3]
+    assert size[2] == pytest.approx(5 / 3)
+    many = judged(covered=np.zeros(6, dtype=bool), owner=np.zeros(6, dtype=np.int64), clients=1, counted=False, classes=1)
+    assert coverage(many, 0.1)["clients_below"] == 1.0
+    assert not {"singletons", "class_gap"} & coverage(many, 0.1).keys()
+
+
+def test_coverage_under_another_label_law():
+    got = under_law(judged(), np.array([0.5, 0.5, 0, 0]))
+    assert got["target"] == pytest.approx(0.5 * 1 + 0.5 * 0.5)
+    assert got["target_set_size"] == pytest.approx(0.5 * 1 + 0.5 * 1)
+    half = 1.959964 * math.sqrt(0.25 * 0.25 / 2)
+    assert (got["target_low"], got["target_high"]) == pytest.approx((0.75 - half, 1.0))
+    assert math.isnan(under_law(judged(), np.array([0, 0, 0, 1.0]))["target"])  # nobody is of that class
+    one = of_client(judged(), 2)
+    assert one["target"] == pytest.approx(2 / 3)
+    assert (one["target_low"], one["target_high"]) == pytest.approx(proportion_confint(2, 3, method="beta"))
+    assert math.isnan(of_client(judged(), 1)["target"])
+
+
+@pytest.mark.parametrize("count", [1, 7, 400])
+def test_binomial_intervals_against_statsmodels(count):
+    hits = np.arange(count + 1)
+    low, high = binomial_interval(hits, np.full(count + 1, count))
+    expected = np.array([proportion_confint(h, count, method="beta") for h in hits])
+    np.testing.assert_allclose(np.stack([low, high], axis=1), expected, atol=1e-12)
+    assert binomial_interval(0, 0) == (0.0, 1.0)
+
+
+def test_binomial_intervals_hold_what_they_say():
+    """At least 95 % of intervals hold the probability, for any probability: summed exactly over all outcomes."""
+    hits = np.arange(31)
+    low, high = binomial_interval(hits, np.full(31, 30))
+    for p in (0.02, 0.5, 0.9, 0.97):
+        assert binom.pmf(hits, 30, p)[(low <= p) & (p <= high)].sum() >= 0.95

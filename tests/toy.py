@@ -88,7 +88,7 @@ def rounds_of(
     seed: int = 0,
 ) -> list[Round]:
     """The first `count` rounds: the engine's own loop over a simulated fleet in this process."""
-    executor = Inline(Trainer(toy.problem, toy.x, toy.y, toy.lists, mode))
+    executor = Inline(Trainer(toy.problem, toy.x, toy.y, toy.lists, mode, calibration=toy.lists))
     try:
         blank = strategy.memory(toy.problem, toy.w)
         port = SimPort(executor, fleet, None, toy.problem.sizes, blank, chunk, rng.fold(seed, rng.FLEET))

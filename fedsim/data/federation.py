@@ -20,7 +20,7 @@ from fedsim.problem import Classification, Task
 from fedsim.types import Batch
 
 # Folded after `rng.DATA`, so that no two of these draws share a stream.
-SOURCE, PROXY, PARTITION, CLIENT_TEST, VALIDATION = range(5)
+SOURCE, PROXY, PARTITION, CLIENT_TEST, VALIDATION, CALIBRATION = range(6)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Federation:
         x, y: train examples, `[M, ...]`.
         train: what each client trains on.
         client_test: what each client is tested on; empty lists without `client_test`.
+        calibration: what each client calibrates prediction sets on: neither trained nor tested on; empty lists without `calibration`.
         test_x, test_y: the server's test examples, `[M', ...]`.
         proxy: the server's own examples, or None.
         names: the clients' names.
@@ -113,6 +114,7 @@ class Federation:
     y: Tensor
     train: Lists
     client_test: Lists
+    calibration: Lists
     test_x: Tensor
     test_y: Tensor
     proxy: Batch | None
@@ -135,17 +137,19 @@ class Federation:
         """Shape of one input."""
         return tuple(self.x.shape[1:])
 
-    def label_counts(self) -> np.ndarray | None:
-        """Training examples of each client and class, `[N, K]` int64; None where there are no classes."""
+    def label_counts(self, lists: Lists | None = None) -> np.ndarray | None:
+        """Examples of each client and class, `[N, K]` int64, in `lists` (default: in training); None where there are no classes."""
         if not isinstance(self.task, Classification):
             return None
-        cell = self.train.owners() * self.task.outputs + self.y.cpu().numpy()[self.train.index]
+        lists = self.train if lists is None else lists
+        cell = lists.owners() * self.task.outputs + self.y.cpu().numpy()[lists.index]
         return np.bincount(cell, minlength=self.clients * self.task.outputs).reshape(self.clients, self.task.outputs)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over index lists and labels: equal for two runs that share a partition."""
         digest = hashlib.sha256()
-        for array in (self.train.index, self.train.offset, self.client_test.index, self.client_test.offset, self.y.cpu().numpy()):
+        lists = [self.train, self.client_test, *([self.calibration] if len(self.calibration.index) else [])]
+        for array in (*(a for part in lists for a in (part.index, part.offset)), self.y.cpu().numpy()):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
@@ -160,6 +164,8 @@ class Data:
         partition: how they are divided.
         clients: number of clients; null with `partition: natural` means all there are.
         client_test: fraction of each client's examples kept for testing on that client; its last block always stays in training.
+        calibration: fraction of these that is kept for calibrating prediction sets instead, and neither trained nor tested on; a client's
+            last block is always for testing.
         proxy: the server's own examples.
         validation: fraction of each client's remaining training examples that the run is evaluated on, and never trained on, in the place
             of all test examples: to choose a learning rate without a look at them. The next run, without it, trains on all.
@@ -170,6 +176,7 @@ class Data:
     partition: Partition = Iid()
     clients: Annotated[int, Gt(0)] | None = None
     client_test: Annotated[float, Ge(0), Lt(1)] = 0.0
+    calibration: Annotated[float, Ge(0), Lt(1)] = 0.0
     proxy: Proxy | None = None
     validation: Annotated[float, Ge(0), Lt(1)] = 0.0
     root: str | None = None
@@ -184,13 +191,19 @@ class Data:
         if self.client_test and not len(client_test.index):
             advice = "raise it or have fewer clients; examples that overlap form a block, and a client's last block stays in training"
             raise DataError("data.client_test", f"a fraction of {self.client_test} leaves every client without a test example; {advice}")
+        client_test, calibration = _divide_clients(client_test, dataset.blocks, self.calibration, rng.fold(key, CALIBRATION))
+        if self.calibration and not len(calibration.index):
+            advice = "raise it, or data.client_test, of which it is a part"
+            raise DataError(
+                "data.calibration", f"a fraction of {self.calibration} leaves every client without a calibration example; {advice}"
+            )
         if self.validation:
             train, client_test = _divide_clients(train, dataset.blocks, self.validation, rng.fold(key, VALIDATION))
             if not len(client_test.index):
                 raise DataError("data.validation", f"a fraction of {self.validation} leaves every client without an example; raise it")
             y = dataset.train.y if split.y is None else split.y
             test = Examples(dataset.train.x[client_test.index], y[client_test.index])
-        return _resident(dataset, split, train, client_test, test, proxy)
+        return _resident(dataset, split, train, client_test, calibration, test, proxy)
 
     def _take_proxy(self, dataset: Dataset, key: rng.Key) -> tuple[Batch | None, np.ndarray, Examples]:
         """The proxy batch, the train positions that are free, and the test examples that are left."""
@@ -231,7 +244,9 @@ def _divide_clients(lists: Lists, blocks: np.ndarray | None, fraction: float, ke
     return Lists(lists.index[~mask], kept), Lists(lists.index[mask], held)
 
 
-def _resident(dataset: Dataset, split: Split, train: Lists, client_test: Lists, test: Examples, proxy: Batch | None) -> Federation:
+def _resident(
+    dataset: Dataset, split: Split, train: Lists, client_test: Lists, calibration: Lists, test: Examples, proxy: Batch | None
+) -> Federation:
     complete = len(train.index) == len(dataset.train)  # the optimum is that of all train examples
     return Federation(
         task=dataset.task,
@@ -239,6 +254,7 @@ def _resident(dataset: Dataset, split: Split, train: Lists, client_test: Lists, 
         y=torch.from_numpy(np.ascontiguousarray(dataset.train.y if split.y is None else split.y)),
         train=train,
         client_test=client_test,
+        calibration=calibration,
         test_x=torch.from_numpy(np.ascontiguousarray(test.x)),
         test_y=torch.from_numpy(np.ascontiguousarray(test.y)),
         proxy=proxy,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim.errors import FedsimError
-from fedsim.problem import Classification, MultiLabel, NextToken, Regression, Task
+from fedsim.problem import Classification, MultiLabel, NextToken, Quantiles, Regression, Task
 
 Record = dict[str, Tensor]
 
@@ -41,6 +41,7 @@ def summarise(task: Task, record: Record) -> dict[str, float]:
     predicted), ece (expected calibration error, 15 bins of equal width). NextToken: loss, accuracy and perplexity, all per token.
     Regression: loss (half the squared error of an example), mse and mae (of a target), r2 (mean over targets that vary).
     MultiLabel: loss, accuracy (all labels of an example right), micro_f1, macro_f1 (over labels that occur or are predicted).
+    Quantiles: loss (pinball), inside (share of targets between the two), width (of the interval, on average).
     """
     raise _unknown(task, "summarise")
 
@@ -219,3 +220,28 @@ def _(task: MultiLabel, record: Record) -> dict[str, float]:
 def _(task: MultiLabel, output: Tensor, y: Tensor) -> Record:
     loss = task.loss(output, y)
     return {"loss": loss, "correct": ((output > 0) == (y > 0.5)).all(1).to(loss.dtype)}
+
+
+# ---- two quantiles of a real target
+
+
+@measure.register
+def _(task: Quantiles, output: Tensor, y: Tensor, mask: Tensor) -> Record:
+    output, y = output.detach()[mask > 0], y[mask > 0]
+    low, high = output.double().unbind(1)
+    return {
+        "count": torch.tensor(float(len(y)), dtype=torch.float64, device=output.device),
+        "loss": task.loss(output, y).double().sum(),
+        "inside": ((low <= y[:, 0]) & (y[:, 0] <= high)).double().sum(),
+        "width": (high - low).sum(),
+    }
+
+
+@summarise.register
+def _(task: Quantiles, record: Record) -> dict[str, float]:
+    return {name: _ratio(record[key], record["count"]) for name, key in (("loss", "loss"), ("inside", "inside"), ("width", "width"))}
+
+
+@per_example.register
+def _(task: Quantiles, output: Tensor, y: Tensor) -> Record:
+    return {"loss": task.loss(output, y)}

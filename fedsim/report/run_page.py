@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from fedsim.document import write
-from fedsim.report import maps, run_figures
+from fedsim.report import coverage, maps, run_figures
 from fedsim.report.formats import name_of, number, seconds, traffic
 from fedsim.report.page import Page, Section, Table
 from fedsim.results import Run, higher_is_better
@@ -24,7 +24,7 @@ def render(run: Run) -> str:
         Section("Clients", "How evenly the model serves them.", figures=run_figures.fairness(run), facts=_fairness(run)),
         Section("Cost", figures=run_figures.traffic(run)),
         Section("Privacy budget", figures=run_figures.group(run, "privacy."), facts=_last(run, "privacy.")),
-        Section("Coverage", figures=run_figures.group(run, "coverage."), facts=_last(run, "coverage.")),
+        _coverage(run),
         _faults(run),
         Section("How to reproduce", facts=_machine(run), code=_commands(run)),
         Section("Resolved scenario", "Every default written out.", code=write(run.scenario), closed=True),
@@ -86,6 +86,13 @@ def _fairness(run: Run) -> list[tuple[str, str]]:
 
 def _last(run: Run, prefix: str) -> list[tuple[str, str]]:
     return [(name_of(n), number(run.series(n)[1][-1])) for n in run.names(prefix)]
+
+
+def _coverage(run: Run) -> Section:
+    """Of conformal phases; of other strategies that report something under that name, their numbers."""
+    if phases := coverage.calibrated(run):
+        return coverage.section(phases)
+    return Section("Coverage", figures=run_figures.group(run, "coverage."), facts=_last(run, "coverage."))
 
 
 def _faults(run: Run) -> Section:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fedsim.report import coverage
 from fedsim.report.comparison import Comparison, Line
 from fedsim.report.formats import interval, name_of, number, p_value, seconds, signed, traffic
 from fedsim.results import Run, StudyResults
@@ -96,9 +97,11 @@ def of_study(results: StudyResults) -> dict[str, str]:
 
 
 def of_run(run: Run) -> dict[str, str]:
-    """A run's metrics as CSV: a row a round."""
+    """A run's metrics as CSV, a row a round; and what its prediction sets are worth as Markdown, where it has any."""
     names = list(dict.fromkeys(k for row in run.rows for k, v in row.items() if isinstance(v, (int, float))))
-    return {"metrics.csv": _csv([{name: row.get(name) for name in names} for row in run.rows])}
+    phases = coverage.calibrated(run)
+    found = {"coverage.md": coverage.markdown(phases)} if phases else {}
+    return {"metrics.csv": _csv([{name: row.get(name) for name in names} for row in run.rows])} | found
 
 
 def _long(comparison: Comparison) -> list[dict[str, Any]]:

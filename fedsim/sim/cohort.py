@@ -114,6 +114,7 @@ class Trainer:
     Attributes:
         x, y: all training examples, `[M, ...]`.
         lists: which of them belong to which client.
+        calibration: which of them a client calibrates on, or None where nobody does.
         mode: how chunks are executed.
         test: the server's test examples, or None where nothing is evaluated.
         compile: compile every program's step.
@@ -126,6 +127,7 @@ class Trainer:
     mode: Mode
     test: Batch | None = None
     compile: bool = False
+    calibration: Lists | None = None
 
     @cached_property
     def _chain(self) -> tuple[Link, ...] | None:
@@ -151,6 +153,11 @@ class Trainer:
         places = torch.from_numpy(index).to(self.x.device)
         with torch.no_grad():
             return per_example(self.problem.task, self._output(w, self.x[places]), self.y[places])
+
+    def outputs(self, w: Params, index: np.ndarray) -> Tensor:
+        """The network's output on some resident examples. `[M] -> [M, ...]`."""
+        with torch.no_grad():
+            return self._output(w, self.x[torch.from_numpy(index).to(self.x.device)])
 
     def _output(self, w: Params, x: Tensor) -> Tensor:
         """The network's output in evaluation. On a CPU convolutions get a few pictures at a time, so that activations stay in the cache."""
@@ -182,7 +189,9 @@ class Trainer:
         return nbytes(reply.payload)
 
     def _feed(self, problem: Problem, program: LocalProgram, chunk: Chunk, p: int) -> Feed:
-        work = plan(program, self.lists, chunk.ids, _pass_keys(chunk, p, rng.DATA))
+        lists = self.calibration if program.reads == "calibration" else self.lists
+        assert lists is not None  # a scenario without calibration data was refused
+        work = plan(program, lists, chunk.ids, _pass_keys(chunk, p, rng.DATA))
         return Feed(program, problem, self.x, self.y, work, _pass_keys(chunk, p, rng.CLIENT))
 
     def _stacked(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:

@@ -1,19 +1,25 @@
-"""Measuring a model on the server's test set, and on each client's own."""
+"""Measuring a model on the server's test set, and on each client's own; and prediction sets on the latter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 
+from fedsim import rng
+from fedsim.conformal import ConformalStrategy, LabelScore, class_count
 from fedsim.data import Federation
-from fedsim.metrics import across_clients, by_class, per_example, summarise
+from fedsim.metrics import Judged, across_clients, by_class, per_example, summarise
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.sim.executor import Executor
 from fedsim.tree import add, concat
+
+JUDGE = 100
+"""Folded after `rng.DATA`, for the random numbers of randomised scores; `fedsim.data` folds smaller ones."""
 
 Score = dict[str, float]
 
@@ -61,3 +67,26 @@ def _personal(problem: Problem, models: Callable[[int], Params], data: Federatio
         for name, each in scores.items():
             out.setdefault(name, np.zeros(data.clients))[i] = float(each.double().sum())
     return out
+
+
+def judge_sets(
+    executor: Executor, problem: Problem, strategy: ConformalStrategy, state: Any, data: Federation, batch: int, key: rng.Key
+) -> Judged:
+    """The prediction sets of all clients' own test examples, judged.
+
+    Randomised scores draw by `key` and example: the same for all strategies and rounds.
+    """
+    lists = data.client_test
+    index, owner = lists.index, lists.owners()
+    parts = [index[start : start + batch] for start in range(0, len(index), batch)]
+    output = torch.cat(executor.map("outputs", state.w, parts))
+    y = data.y[torch.from_numpy(index).to(data.y.device)]
+    words = rng.fold_each(rng.fold(key, rng.DATA, JUDGE), index) >> np.uint64(40)
+    u = torch.from_numpy((words / np.float64(1 << 24)).astype(np.float32)).to(output.device, output.dtype)
+    q = strategy.thresholds(problem, state).to(output.device)
+    q = q.expand(len(y), -1) if len(q) == 1 else q[torch.from_numpy(owner).to(q.device)]  # [M, K]
+    covered, size = strategy.score.judge(output, y, u, q)
+    classes = class_count(problem)
+    label = y.cpu().numpy().astype(np.int64) if classes > 1 else np.zeros(len(index), dtype=np.int64)
+    counted = isinstance(strategy.score, LabelScore)
+    return Judged(covered.cpu().numpy(), size.double().cpu().numpy(), owner, label, data.clients, classes, counted)
