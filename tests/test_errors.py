@@ -132,11 +132,11 @@ FIELDS = [
     broken(
         "unknown name",
         edit(14, "  name: fedavgg"),
-        (14, "strategy.name", "there is no 'fedavgg' (did you mean 'fedavg'?); there are: fedadagrad"),
+        (14, "strategy.name", "there is no 'fedavgg' (did you mean 'fedavg'?); there are: conformal"),
     ),
     broken("unknown bare name", edit(12, "pace: snyc"), (12, "pace", "there is no 'snyc' (did you mean 'sync'?); there are: sync")),
-    broken("name that is a number", edit(14, "  name: 3"), (14, "strategy.name", "should be a name, not 3; there are: fedadagrad")),
-    broken("no name", edit(14, "  weights: all"), (13, "strategy", "needs a `name`; there are: fedadagrad")),
+    broken("name that is a number", edit(14, "  name: 3"), (14, "strategy.name", "should be a name, not 3; there are: conformal")),
+    broken("no name", edit(14, "  weights: all"), (13, "strategy", "needs a `name`; there are: conformal")),
     broken("name of another kind", edit(9, "model: fedavg"), (9, "model", "there is no 'fedavg'; there are: char-lstm")),
     broken(
         "choice that is null", edit(12, "pace:"), (12, "pace", "should be a name, or {name: ..., field: value}, not null; there are: sync")
@@ -223,7 +223,7 @@ COMBINATIONS = [
     broken(
         "neither strategy nor phases",
         without(13, 16),
-        (2, "strategy", "is required (or `phases`); there are: fedadagrad"),
+        (2, "strategy", "is required (or `phases`); there are: conformal"),
         (2, "rounds", "is required (or `phases`), e.g. rounds: 100"),
     ),
     broken("strategy without rounds", without(16, 16), (2, "rounds", "is required (or `phases`), e.g. rounds: 100")),
