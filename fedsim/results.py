@@ -14,7 +14,7 @@ from fedsim.folder import Folder
 
 Row = dict[str, Any]
 
-LOWER = ("loss", "perplexity", "ece", "mse", "mae", "std", "epsilon", "bytes", "time", "width")
+LOWER: tuple[str, ...] = ("loss", "perplexity", "ece", "mse", "mae", "std", "epsilon", "bytes", "time", "width")
 LOWER += ("set_size", "set_size_client_mean", "target_set_size", "client_gap", "class_gap", "clients_below", "empty")
 """Last words of metrics of which less is better."""
 

@@ -52,15 +52,15 @@ class Evaluate:
     every: rounds between evaluations (the first model and the last of each phase are always evaluated).
     clients: also on every client's own test data (`data.client_test`), with spread over clients.
     classes: also the accuracy of each class (classification only).
-    target: a label law under which the coverage of prediction sets is measured, too; that of one client: on its own test data.
     batch: examples at a time.
+    target: a label law under which the coverage of prediction sets is measured, too; that of one client: on its own test data.
     """
 
     every: Annotated[int, Gt(0)] = 1
     clients: bool = False
     classes: bool = False
-    target: Target | None = None
     batch: Annotated[int, Gt(0)] = 2000
+    target: Target | None = None
 
 
 @section

@@ -143,7 +143,7 @@ class ConformalWeights(Strategy):
         return arrivals.n.to(factor) * factor[arrivals.ids.to(factor.device)]
 
     def server(self, problem: Problem, state: Weighing, updates: Updates, key: Key) -> Weighing:
-        if not self.gauges(problem):
+        if not isinstance(updates.payload, Gauged):
             return replace(state, w=state.w + self.server_lr * updates.mean(self.weights(problem, state, updates.arrivals)))
         ids, seen = updates.arrivals.ids.to(state.size.device), updates.payload
         m = calibration_sizes(problem).to(seen.q)[ids]

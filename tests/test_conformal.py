@@ -218,7 +218,7 @@ def random_federation(clients: int = 5, examples: int = 30, classes: int = 3, se
 
 
 LAW = OfLaw((0.6, 0.3, 0.1))
-SETTLED = Exponential(decay=0.95)
+SETTLED = Exponential(decay=0.97)
 
 
 def exact(toy: Toy, v: np.ndarray, y: np.ndarray, target, alpha: float = 0.1) -> np.ndarray:
@@ -236,7 +236,7 @@ def test_without_noise_it_is_the_centralised_weighted_quantile(target, gamma):
     """One local step, everyone takes part, gamma -> 0: the thresholds lie in [Q, Q + gamma], up to steps that have shrunk to 1e-5."""
     toy, v, y = random_federation()
     chosen = strategy("conformal", target=target, local=program("pinball-sgd", lr=0.4, gamma=gamma, schedule=SETTLED))
-    last = rounds(chosen, toy, 200, chunk=5)[-1]
+    last = rounds(chosen, toy, 300, chunk=5)[-1]
     q, expected = chosen.thresholds(toy.problem, last).numpy(), exact(toy, v, y, target)
     finite = np.isfinite(expected)
     assert (np.isfinite(q) == finite).all()
@@ -251,7 +251,7 @@ def test_without_noise_it_is_the_centralised_weighted_quantile(target, gamma):
 def test_one_threshold_for_all_labels_is_that_of_the_largest_weight():
     toy, v, y = random_federation()
     chosen = strategy("conformal", target=LAW, per_label=False, local=program("pinball-sgd", lr=0.4, gamma=0.001, schedule=SETTLED))
-    q = chosen.thresholds(toy.problem, rounds(chosen, toy, 200)[-1])
+    q = chosen.thresholds(toy.problem, rounds(chosen, toy, 300)[-1])
     assert q.shape == (1, 3)
     largest = exact(toy, v, y, LAW).max()
     assert torch.equal(q, q[:, :1].expand(1, 3))

@@ -133,7 +133,7 @@ def test_a_report_says_what_is_promised_and_kept(straight):
         "| conformal-sketch, pooled",
         "| conformal, own, epsilon 50",
     ]
-    assert "50.00" in lines[-1]
+    assert "| 50.0 |" in lines[-1]
     marginal = straight.rows()[5]["coverage.marginal"]
     assert f"{marginal:.3f} (" in lines[2]
 

@@ -158,7 +158,7 @@ FIELDS = [
     broken(
         "section that is a number",
         edit(17, "evaluate: 5"),
-        (17, "evaluate", "should be a mapping, not 5; fields: every, clients, classes, batch"),
+        (17, "evaluate", "should be a mapping, not 5; fields: every, clients, classes, batch, target"),
     ),
     broken("word for a number", edit(16, "rounds: many"), (16, "rounds", "should be a whole number, not 'many'")),
     broken(

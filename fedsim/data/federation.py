@@ -176,10 +176,10 @@ class Data:
     partition: Partition = Iid()
     clients: Annotated[int, Gt(0)] | None = None
     client_test: Annotated[float, Ge(0), Lt(1)] = 0.0
-    calibration: Annotated[float, Ge(0), Lt(1)] = 0.0
     proxy: Proxy | None = None
     validation: Annotated[float, Ge(0), Lt(1)] = 0.0
     root: str | None = None
+    calibration: Annotated[float, Ge(0), Lt(1)] = 0.0
 
     def load(self, key: rng.Key) -> Federation:
         """Read, divide and make resident. Every draw is a function of `key`."""
