@@ -34,6 +34,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from fedsim.params import Params
+from fedsim.privacy import Protection
 from fedsim.problem import Problem
 from fedsim.registry import Kind
 from fedsim.rng import Key
@@ -104,6 +105,18 @@ class LocalProgram(Kind, ABC):
     def finish(self, problem: Problem, message: Any, carry: Any, n: Tensor) -> Reply:
         """The reply after the last step; `n` is the client's number of examples, a scalar."""
 
+    def chances(self, sizes: np.ndarray) -> np.ndarray | None:
+        """Poisson sampling: the chance with which each example of a client is in a step, for clients of `sizes` `[C]`; `[C]` float64.
+
+        None (the default) means shuffled epochs. With it, `batch_size` is only what is expected, and a step may be empty: its batch then
+        has no examples, or a mask that is all zero.
+        """
+        return None
+
+    def protects(self) -> Protection | None:
+        """What protects each example in a reply, on its own and whatever the server does with it. Default: nothing does."""
+        return None
+
     def draws(self, problem: Problem, batch: int) -> dict[str, Draw]:
         """Random numbers that one step needs, by name. Default: what the network needs (dropout)."""
         return problem.draws(batch)
@@ -145,6 +158,10 @@ class Strategy(Kind, ABC):
     def deploy(self, state: Any, memory: Any) -> Params:
         """What a client runs, and what is evaluated. Default: the server's model."""
         return state.w
+
+    def protects(self) -> Protection | None:
+        """What protects each client in the state. Default: nothing does."""
+        return None
 
     def report(self, problem: Problem, before: Any, state: Any, arrivals: Arrivals) -> Report:
         """What is to be said of the round that turned `before` into `state`. Default: nothing.

@@ -9,13 +9,13 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms by floor. Files of floor 0, 1 and 5 are one room each floor: they may use each other.
 FLOORS = [
-    {"errors", "params", "registry", "rng", "table", "tree", "types"},
-    {"problem", "strategy", "local", "intervals", "proxy", "privacy"},
+    {"entropy", "errors", "params", "registry", "rng", "table", "tree", "types"},
+    {"problem", "strategy", "local", "intervals", "lowrank", "private", "proxy", "privacy"},
     {"engine"},
     {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "flower", "audit"},
     {"document", "scenario", "world", "manifest", "experiment", "folder", "console", "overview"}
-    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers"},
+    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers", "ledger"},
     {"cli"},
 ]
 ONE_ROOM = {0, 1, 5}

@@ -169,7 +169,7 @@ class Trainer:
             ) from error
 
     def _feed(self, problem: Problem, program: LocalProgram, chunk: Chunk, p: int) -> Feed:
-        work = plan(program, self.lists, chunk.ids, _pass_keys(chunk, p, rng.DATA))
+        work = plan(program, self.lists, chunk.ids, _pass_keys(chunk, p, rng.DATA), problem.entropy)
         return Feed(program, problem, self.x, self.y, work, _pass_keys(chunk, p, rng.CLIENT))
 
     def _stacked(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
