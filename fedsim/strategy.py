@@ -131,6 +131,7 @@ class Strategy(Kind, ABC):
 
     paces: ClassVar[frozenset[str]] = frozenset({"sync", "buffered", "deadline"})
     sends: ClassVar[type] = Params  # the type of message in its jobs
+    asks: ClassVar[bool] = True  # whether clients' data are used at all
     personal: ClassVar[bool] = False  # whether `deploy` gives each client a model of its own
     local: LocalProgram
 

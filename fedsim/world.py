@@ -15,10 +15,11 @@ from fedsim import rng
 from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
 from fedsim.fleet import Full, Uniform
-from fedsim.models import realise
+from fedsim.ledger import Ledger, open_ledger
+from fedsim.models import Adapt, Fitted, realise, trained, vmappable
 from fedsim.params import Params
 from fedsim.problem import Network, Problem
-from fedsim.scenario import Scenario
+from fedsim.scenario import Phase, Scenario
 from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
 from fedsim.sim.footprint import footprint
 from fedsim.sim.port import default_chunk
@@ -32,6 +33,9 @@ LONG = 30.0
 WORKER = 500 << 20
 """Bytes that a worker takes up before it trains: the interpreter, PyTorch, and on a GPU its context."""
 
+ADAPTERS = 1
+"""Folded after the model's key, for initial adapters."""
+
 PER_GPU = 4
 """Workers that share a GPU at most."""
 
@@ -44,9 +48,12 @@ class World:
         data: the federation, on the device and in the type of the engine.
         labels: training examples of each client and class, `[N, K]`, where there are classes.
         problem: what is learned.
-        w: the initial model.
+        w: what the first phase trains, at the start: the model, or its adapters.
+        whole: all parameters at the start, adapters included.
+        ledger: the phases, with their noise, and the account of what they spend.
         mode: how chunks are executed.
         seconds: about how long all training would take on one core; for planning, no result depends on it.
+        adapt: the adapters, or None.
         workers: Ray workers that the run gets; 0 = none, it stays in this process. No result depends on it either.
     """
 
@@ -54,6 +61,9 @@ class World:
     labels: np.ndarray | None
     problem: Problem
     w: Params
+    whole: Params
+    ledger: Ledger
+    adapt: Adapt | None
     mode: Mode
     seconds: float = 0.0
     workers: int = 0
@@ -62,6 +72,30 @@ class World:
     def device(self) -> str:
         """cpu or cuda."""
         return str(self.problem.version.device.type)
+
+    def enter(self, stage: Phase, before: Params | None) -> tuple[Params | None, Params]:
+        """What a phase has frozen, and what it trains at first, from the model that the phase before it left (None: it is the first)."""
+        network = self.problem.network
+        if self.adapt is None:
+            return before, self.whole if before is None else before
+        whole = self.whole if before is None else self.whole | before
+        if stage.adapt:
+            if before is None or not network.adapters.keys() <= before.keys():
+                whole = self.adapt.begin(network.module, whole)
+            return whole, trained(network.adapters, whole)
+        dense = self.adapt.merged(network.module, whole)
+        return None if before is None else dense, dense
+
+    def leave(self, stage: Phase, frozen: Params | None, deployed: Params) -> Params:
+        """The model that a phase leaves, from what it deployed."""
+        return frozen | deployed if self.adapt is not None and stage.adapt and frozen is not None else deployed
+
+    def final(self, model: Params) -> Params:
+        """The model that a run ends with: adapters merged or kept, as the scenario says."""
+        adapters = self.problem.network.adapters
+        if self.adapt is not None and self.adapt.merge and adapters.keys() <= model.keys():
+            return self.adapt.merged(self.problem.network.module, model)
+        return model
 
     def trainer(self, compile: bool = False) -> Trainer:
         """What trains and evaluates, in this process or on a worker."""
@@ -79,25 +113,36 @@ def build(scenario: Scenario) -> World:
     data = replace(data, x=x, y=y, test_x=test_x, test_y=test_y)
     key = rng.fold(scenario.seed, rng.MODEL)
     vocabulary = len(data.vocabulary) or None
+    adapter = scenario.model.adapt
     module, w, draws = realise(scenario.model, data.input_shape, data.x.dtype, data.task.outputs, vocabulary, key, data.task)
+    fitted = Fitted(w, (), draws)
+    if adapter is not None:
+        zeros = torch.zeros((2, *data.input_shape), dtype=data.x.dtype)
+        fitted = adapter.fit(module, w, zeros, rng.fold(key, ADAPTERS))
     module = module.to(device=device, dtype=dtype)
-    w = w.to(device, dtype)
+    whole = fitted.whole.to(device, dtype)
     proxy = None if data.proxy is None else Batch(_cast(data.proxy.x, device, dtype), _cast(data.proxy.y, device, dtype))
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
-    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, version=version)
-    mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
-    return adapt(World(data, labels, problem, w, mode), scenario)
+    problem = Problem(Network(module, fitted.shapes), data.task, data.sizes, fitted.draws, proxy, version=version)
+    size = problem.size if adapter is None else sum(whole[name].numel() for name in fitted.trained)
+    mode = choose_mode(module, size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
+    ledger = open_ledger(scenario, data.train.sizes)
+    return adapt(World(data, labels, problem, whole, whole, ledger, adapter, mode), scenario)
 
 
 def adapt(world: World, scenario: Scenario) -> World:
     """The world of a scenario that has the same data, model, seed and engine as this one's: nothing is loaded again."""
     rates = _rates(scenario, world.data.clients, world.labels)
-    for i, stage in enumerate(scenario.stages()):
+    ledger = open_ledger(scenario, world.data.train.sizes)
+    for i, stage in enumerate(ledger.stages):
+        if stage.strategy.local.protects() is not None and not vmappable(world.problem.network.module):
+            raise ScenarioError("model", "recurrent layers give no gradient for each example, which the program clips; take a transformer")
         if "rates" in stage.strategy.needs and rates is None:
             where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
             raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
-    world = replace(world, problem=replace(world.problem, rates=rates))
-    world = replace(world, seconds=_estimate(scenario, world.data, world.labels, world.problem, world.w))
+    frozen, w = world.enter(ledger.stages[0], None)
+    world = replace(world, problem=replace(world.problem, rates=rates, frozen=frozen), ledger=ledger, w=w)
+    world = replace(world, seconds=_estimate(scenario, world))
     return replace(world, workers=_count_workers(scenario, world))
 
 
@@ -120,10 +165,12 @@ def _count_workers(scenario: Scenario, world: World) -> int:
 
 def _chunk_bytes(scenario: Scenario, world: World) -> int:
     """What the largest clients take up while they train as one chunk, measured."""
-    strategy, key = scenario.stages()[0].strategy, rng.fold(scenario.seed, rng.FLEET)
+    strategy, key = world.ledger.stages[0].strategy, rng.fold(scenario.seed, rng.FLEET)
     sizes = world.data.sizes.numpy()
     count = min(len(sizes), _chunk_size(scenario, world))
     largest = np.sort(np.argsort(-sizes, kind="stable")[:count])
+    if not strategy.asks:
+        return 0
     (job, *_) = strategy.plan(world.problem, strategy.init(world.problem, world.w), largest, key)
     ids = order(job.program, sizes, job.ids)
     memory = stack([strategy.memory(world.problem, world.w)] * len(ids))
@@ -162,15 +209,16 @@ def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tenso
     return torch.from_numpy(rates.astype(np.float32))
 
 
-def _estimate(scenario: Scenario, data: Federation, labels: np.ndarray | None, problem: Problem, w: Params) -> float:
+def _estimate(scenario: Scenario, world: World) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
+    data, labels = world.data, world.labels
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        problem.output(w, data.x[:1])
+        world.problem.output(world.w, data.x[:1])
     flops = float(counter.get_total_flops())
     sizes = data.sizes.numpy()
     seconds = 0.0
-    for stage in scenario.stages():
+    for stage in world.ledger.stages:
         program = stage.strategy.local
         steps = float(count_steps(program, sizes).mean()) * len(program.passes)
         batch = min(program.batch_size or math.inf, float(sizes.mean()))

@@ -43,6 +43,10 @@ class FedAvg(WeightedStrategy):
     def init(self, problem: Problem, w: Params) -> ModelState:
         return ModelState(w)
 
+    @property
+    def uniform(self) -> bool:
+        return self.weights != "samples"
+
     def weigh(self, problem: Problem, state: ModelState, arrivals: Arrivals) -> Tensor:
         return arrivals.n if self.weights == "samples" else torch.ones_like(arrivals.n)  # [C]
 
