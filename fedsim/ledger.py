@@ -82,7 +82,7 @@ class Ledger:
     def exhausted(self, counts: dict[str, Tensor], phase: int) -> bool:
         """Whether another round of everybody could pass the budget."""
         budget = self.privacy.budget if self.privacy.budget is not None else self.privacy.target_epsilon
-        if budget is None or not self.units:
+        if budget is None or not self.units or not self.stages[phase].strategy.asks:
             return False
         after = {name: table.clone() for name, table in counts.items()}
         after["rounds"][phase] += 1

@@ -141,7 +141,8 @@ MOST_NOISE = 1e6
 
 def zcdp(spent: Sequence[Spent]) -> float:
     """rho of zero-concentrated privacy (Bun and Steinke, 2016), without amplification by sampling: `sum uses / (2 noise^2)`."""
-    return sum(each.uses * (4 if each.of else 1) / (2 * each.noise**2) if each.noise > 0 else math.inf for each in spent)
+    used = [each for each in spent if each.uses > 0]
+    return sum(each.uses * (4 if each.of else 1) / (2 * each.noise**2) if each.noise > 0 else math.inf for each in used)
 
 
 def default_delta(records: float) -> float:

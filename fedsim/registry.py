@@ -17,6 +17,10 @@ T = TypeVar("T", bound="type[Kind]")
 S = TypeVar("S", bound=type)
 
 
+_BUILDING: set[str] = set()
+"""Kinds whose schema is being made."""
+
+
 class Kind:
     """Base of the abstract class of each kind of choice. Gives it `choices` and a place in pydantic schemas."""
 
@@ -34,14 +38,21 @@ class Kind:
 
         if "registered_name" in cls.__dict__:
             return _named(cls.registered_name, handler.resolve_ref_schema(handler(source)))  # type: ignore[attr-defined]
-        tags = {name: handler.generate_schema(choice) for name, choice in sorted(cls.choices.items())}  # type: ignore[attr-defined]
+        ref = f"{cls.__module__}.{cls.__qualname__}:choices"  # one definition, however many fields are of this kind
+        if ref in _BUILDING:  # a choice that holds another of its kind
+            return core_schema.definition_reference_schema(ref)
+        _BUILDING.add(ref)
+        try:
+            tags = {name: handler.generate_schema(choice) for name, choice in sorted(cls.choices.items())}  # type: ignore[attr-defined]
+        finally:
+            _BUILDING.remove(ref)
         if not tags:
             return core_schema.is_instance_schema(cls)
         union = core_schema.tagged_union_schema(tags, discriminator="name")
         return core_schema.no_info_before_validator_function(
             lambda value: {"name": value} if isinstance(value, str) else value,
             union,
-            ref=f"{cls.__module__}.{cls.__qualname__}:choices",  # one definition, however many fields are of this kind
+            ref=ref,
             metadata={"pydantic_js_functions": [lambda core, handler: _choices_json_schema(cls, handler(core), handler)]},
         )
 

@@ -165,16 +165,19 @@ def _count_workers(scenario: Scenario, world: World) -> int:
 
 def _chunk_bytes(scenario: Scenario, world: World) -> int:
     """What the largest clients take up while they train as one chunk, measured."""
-    strategy, key = world.ledger.stages[0].strategy, rng.fold(scenario.seed, rng.FLEET)
+    stage, key = next((stage for stage in world.ledger.stages if stage.strategy.asks), None), rng.fold(scenario.seed, rng.FLEET)
+    if stage is None:
+        return 0
+    strategy = stage.strategy
+    frozen, w = world.enter(stage, None)
+    problem = replace(world.problem, frozen=frozen)
     sizes = world.data.sizes.numpy()
     count = min(len(sizes), _chunk_size(scenario, world))
     largest = np.sort(np.argsort(-sizes, kind="stable")[:count])
-    if not strategy.asks:
-        return 0
-    (job, *_) = strategy.plan(world.problem, strategy.init(world.problem, world.w), largest, key)
+    (job, *_) = strategy.plan(problem, strategy.init(problem, w), largest, key)
     ids = order(job.program, sizes, job.ids)
-    memory = stack([strategy.memory(world.problem, world.w)] * len(ids))
-    return footprint(world.trainer(), job.program, job.message, Chunk(ids, 0, key, memory, None))
+    memory = stack([strategy.memory(problem, w)] * len(ids))
+    return footprint(replace(world.trainer(), problem=problem), job.program, job.message, Chunk(ids, 0, key, memory, None))
 
 
 def _chunk_size(scenario: Scenario, world: World) -> int:
@@ -223,7 +226,7 @@ def _estimate(scenario: Scenario, world: World) -> float:
         steps = float(count_steps(program, sizes).mean()) * len(program.passes)
         batch = min(program.batch_size or math.inf, float(sizes.mean()))
         each = steps * (3 * flops * batch / 5e9 + 3e-4)  # 5 GFLOP/s and 0.3 ms a step: a slow core
-        seconds += stage.rounds * expected_cohort(scenario, data.clients, labels) * each
+        seconds += stage.rounds * stage.strategy.asks * expected_cohort(scenario, data.clients, labels) * each
     return seconds
 
 
