@@ -142,7 +142,7 @@ class Ledger:
     def _spent(self, protection: Protection | None, rate: float, uses: int) -> Spent:
         if protection is None:
             return Spent(0.0, 1.0, uses)  # whoever took part has been used without protection
-        noise = float(protection.noise or 0.0)
+        noise = math.nan if protection.noise is None else float(protection.noise)  # NaN: still open
         once = self._one_round(protection) if protection.unit == "client" else None
         return Spent(noise, rate, uses) if once is None else replace(once, noise=noise, uses=uses)
 
@@ -205,15 +205,16 @@ def _solve(ledger: Ledger, scenario: Scenario) -> Ledger:
         return ledger
     if len(ledger.units) > 1:
         raise ScenarioError("privacy.target_epsilon", "solves for one `noise`, but clients and examples have one each; give both")
-    planned = replace(ledger, stages=tuple(_with_noise(stage, 1.0) for stage in ledger.stages))
-    counts = planned.start()
-    for i, stage in enumerate(planned.stages):
+    counts = ledger.start()
+    for i, stage in enumerate(ledger.stages):
+        if not stage.strategy.asks:
+            continue
         counts["rounds"][i] = stage.rounds
         counts["took"][i] = torch.from_numpy(np.where(ledger.sizes > 0, _most_rounds(scenario, stage.rounds, ledger), 0))
     unit = ledger.units[0]
     delta = ledger.delta(unit)
     try:
-        noise = max(solve_noise(target, delta, spent, ledger.privacy.accountant) for spent in planned._candidates(counts, unit))
+        noise = max(solve_noise(target, delta, spent, ledger.privacy.accountant) for spent in ledger._candidates(counts, unit))
     except FedsimError as error:
         raise ScenarioError("privacy.target_epsilon", f"{error}; a larger delta, fewer steps or smaller batches need less") from None
     return replace(ledger, stages=tuple(_with_noise(stage, noise) for stage in ledger.stages))

@@ -115,14 +115,14 @@ def _curve(once: Spent, replaced: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def solve_noise(target: float, delta: float, spent: Sequence[Spent], accountant: Accountant = "rdp") -> float:
-    """The least noise with which `spent`, whose own noise is ignored, costs at most epsilon = `target`. To three digits, rounded up.
+    """The least noise with which `spent` costs at most epsilon = `target`, in the place of each noise that is NaN. To 0.05 %, rounded up.
 
     Raises:
         FedsimError: no noise up to 10^6 is enough.
     """
 
     def cost(noise: float) -> float:
-        return epsilon([replace(each, noise=noise) for each in spent], delta, accountant)
+        return epsilon([replace(each, noise=noise) if math.isnan(each.noise) else each for each in spent], delta, accountant)
 
     high = 1.0
     while cost(high) > target:
@@ -183,7 +183,7 @@ def _quiet() -> Iterator[None]:
 
 def example_norms(g: Params) -> Tensor:
     """Length of each example's gradient, over all tensors. `{[B, ...]} -> [B]`."""
-    return torch.stack([v.flatten(1).square().sum(1) for v in g.values()]).sum(0).sqrt()
+    return torch.stack([v[:, None].flatten(1).square().sum(1) for v in g.values()]).sum(0).sqrt()
 
 
 def clipped_sum(g: Params, mask: Tensor | None, limit: float, clipping: Clipping = "flat") -> Params:

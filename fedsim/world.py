@@ -126,7 +126,7 @@ def build(scenario: Scenario) -> World:
     problem = Problem(Network(module, fitted.shapes), data.task, data.sizes, fitted.draws, proxy, version=version)
     size = problem.size if adapter is None else sum(whole[name].numel() for name in fitted.trained)
     mode = choose_mode(module, size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
-    ledger = open_ledger(scenario, data.train.sizes)
+    ledger = Ledger(scenario.stages(), scenario.privacy, data.train.sizes, None, ())  # until `adapt` opens it
     return adapt(World(data, labels, problem, whole, whole, ledger, adapter, mode), scenario)
 
 

@@ -108,7 +108,7 @@ class Lora(Adapt):
 
     rank: r; alpha: the adapter's output counts `alpha / rank`, or `alpha / sqrt(rank)` with `scaling: rank-stabilised`.
     targets: layers to adapt: names, last parts of names, patterns (`encoder.*.query`), or kinds: linear, embedding, convolution.
-    also: layers trained whole besides, by name or pattern, e.g. the last one.
+    also: layers trained whole instead, by name or pattern, e.g. the last one.
     train: both, or b: A stays as drawn and is never sent (FFA-LoRA, Sun et al., ICLR 2024).
     init: how A starts: kaiming = uniform, as in Hu's code; gaussian = deviation 1/r; orthogonal = orthonormal rows.
     dropout: of the adapters' inputs. dora: train the length of each weight row, too (linear layers).
@@ -133,8 +133,11 @@ class Lora(Adapt):
 
     def fit(self, module: nn.Module, w: Params, x: Tensor, key: Key) -> Fitted:
         places = list(_places(module))
-        chosen = _matching(self.targets, {name: kind for name, kind, *_ in places}, "targets")
-        also = [f"{name}.{p}" for name in self._also(module, chosen) for p, _ in module.get_submodule(name).named_parameters(recurse=False)]
+        wholly = self._also(module)
+        chosen = [n for n in _matching(self.targets, {name: kind for name, kind, *_ in places}, "targets") if n not in wholly]
+        if not chosen:
+            raise ScenarioError("model.adapt.also", "trains every layer of `targets` whole, so that nothing is left to adapt")
+        also = [f"{name}.{p}" for name in wholly for p, _ in module.get_submodule(name).named_parameters(recurse=False)]
         tied = _tied(module)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(key & (2**63 - 1))
@@ -173,14 +176,10 @@ class Lora(Adapt):
                 merged[f"{name}.weight"] = new
         return Params(merged)
 
-    def _also(self, module: nn.Module, chosen: list[str]) -> list[str]:
+    def _also(self, module: nn.Module) -> list[str]:
         """Layers trained whole: what matches and has parameters."""
         owners = {name: "layer" for name, part in module.named_modules() if name and any(True for _ in part.parameters(recurse=False))}
-        found = _matching(self.also, owners, "also") if self.also else []
-        both = sorted(set(found) & set(chosen))
-        if both:
-            raise ScenarioError("model.adapt.also", f"'{both[0]}' is in `targets`, too; a layer is adapted or trained whole")
-        return found
+        return _matching(self.also, owners, "also") if self.also else []
 
     def _layer(self, name: str, layer: nn.Module, tied: set[str]) -> Adapted:
         """The adapted layer, once its rank and settings have been checked."""
