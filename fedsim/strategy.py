@@ -181,6 +181,11 @@ class WeightedStrategy(Strategy, ABC):
     `total`. Normalise in `apply`, by `total.weight` or by a constant.
     """
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every arrival weighs 1 and `apply` sees the updates through `total` alone: then one client moves it by its own update."""
+        return False
+
     @abstractmethod
     def weigh(self, problem: Problem, state: Any, arrivals: Arrivals) -> Tensor:
         """The weight of each arrival, `[C]` float32."""

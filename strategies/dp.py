@@ -114,7 +114,8 @@ class Dp(WeightedStrategy):
 
     inner: what the server does with the noised mean: fedavg, fedavgm, fedadam, ... with `weights: uniform`.
     noise: z, standard deviation over the clipping norm; null = what `privacy.target_epsilon` asks for.
-    clip: C, or where it starts. quantile: of updates that should not be clipped, which C then follows; null = C stays.
+    clip: C, or where it starts. quantile: of updates that should not be clipped, which C then follows, at `clip_lr`; null = C stays.
+    count_noise: z_b, deviation of the noise on the count of short updates; null = m / 20.
     cohort: m, the expected number of participants; null = known from the fleet.
     noise_cohort, population: pretend the noise of a larger federation (not private; see above).
     """
@@ -126,6 +127,7 @@ class Dp(WeightedStrategy):
     clip: Positive = 1.0
     quantile: Annotated[float, Gt(0), Lt(1)] | None = None
     clip_lr: Positive = 0.2
+    count_noise: Positive | None = None
     cohort: Positive | None = None
     noise_cohort: Annotated[int, Gt(0)] | None = None
     population: Annotated[int, Gt(0)] | None = None
@@ -185,7 +187,7 @@ class Dp(WeightedStrategy):
         pretend = 1.0 if self.noise_cohort is None else m / self.noise_cohort
         if self.quantile is None:
             return m, self.noise * pretend, 0.0
-        z_count = (m if self.noise_cohort is None else self.noise_cohort) / 20
+        z_count = self.count_noise or (m if self.noise_cohort is None else self.noise_cohort) / 20
         if 2 * z_count <= self.noise:
             z_count = self.noise  # a noise that leaves less than z to the sum would leave it nothing
         return m, (self.noise**-2 - (2 * z_count) ** -2) ** -0.5 * pretend, z_count * pretend
