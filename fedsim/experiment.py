@@ -149,7 +149,8 @@ class _Training:
             if last is None or last.version < stage.rounds:  # the privacy budget is spent
                 break
         assert progress.frozen is not None  # there is at least one phase
-        self.folder.write_model(self.world.final(progress.frozen))
+        self.world.export(progress.frozen, self.folder.path / "adapter")
+        self.folder.write_model(self.world.final(progress.frozen))  # last: it says that the run is finished
 
     def _port(self, stage: Phase, first: Params, before: SimPort | None) -> SimPort:
         scenario, world = self.scenario, self.world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -92,10 +93,16 @@ class World:
 
     def final(self, model: Params) -> Params:
         """The model that a run ends with: adapters merged or kept, as the scenario says."""
-        adapters = self.problem.network.adapters
-        if self.adapt is not None and self.adapt.merge and adapters.keys() <= model.keys():
-            return self.adapt.merged(self.problem.network.module, model)
+        network = self.problem.network
+        if self.adapt is not None and self.adapt.merge and network.adapters.keys() <= model.keys():
+            return self.adapt.merged(network.module, model)
         return model
+
+    def export(self, model: Params, folder: Path) -> None:
+        """Write the adapters that a run ends with, where they are kept."""
+        network = self.problem.network
+        if self.adapt is not None and not self.adapt.merge and network.adapters.keys() <= model.keys():
+            self.adapt.export(folder, network.module, model)
 
     def trainer(self, compile: bool = False) -> Trainer:
         """What trains and evaluates, in this process or on a worker."""

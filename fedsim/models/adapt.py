@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -48,6 +49,9 @@ class Adapt(Kind, ABC):
         """
 
     merge: bool  # whether the model at the end is one without adapters
+
+    def export(self, folder: Path, module: nn.Module, whole: Params) -> None:  # noqa: B027  (not every adapter has a file of its own)
+        """Write the adapters by themselves, for others to load. Default: nothing is written."""
 
     def begin(self, module: nn.Module, whole: Params) -> Params:
         """All tensors where adapters start over weights that have been trained since. Default: the adapters as they were drawn."""

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from fedsim.errors import ScenarioError, did_you_mean
 from fedsim.lowrank import MAGNITUDE, A, B
 from fedsim.models.adapt import Adapt, Fitted
 from fedsim.models.dropout import Dropout, draws_of
+from fedsim.models.interop import load_adapter, save_adapter
 from fedsim.params import Params
 from fedsim.registry import register
 from fedsim.rng import Key
@@ -112,6 +114,7 @@ class Lora(Adapt):
     train: both, or b: A stays as drawn and is never sent (FFA-LoRA, Sun et al., ICLR 2024).
     init: how A starts: kaiming = uniform, as in Hu's code; gaussian = deviation 1/r; orthogonal = orthonormal rows.
     dropout: of the adapters' inputs. dora: train the length of each weight row, too (linear layers).
+    start: folder of an adapter to begin with, as a run or PEFT leaves it.
     merge: whether the model at the end is the network without adapters that answers the same; else both are kept apart.
     """
 
@@ -124,6 +127,7 @@ class Lora(Adapt):
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     dora: bool = False
+    start: str | None = None
     merge: bool = False
 
     @property
@@ -133,7 +137,7 @@ class Lora(Adapt):
 
     def fit(self, module: nn.Module, w: Params, x: Tensor, key: Key) -> Fitted:
         places = list(_places(module))
-        wholly = self._also(module)
+        wholly = self.wholly(module)
         chosen = [n for n in _matching(self.targets, {name: kind for name, kind, *_ in places}, "targets") if n not in wholly]
         if not chosen:
             raise ScenarioError("model.adapt.also", "trains every layer of `targets` whole, so that nothing is left to adapt")
@@ -154,6 +158,8 @@ class Lora(Adapt):
                 parent._modules[child] = adapted[layer]
             whole = w | Params(added)
             draws = _try(module, whole, x, set(chosen))
+            if self.start is not None:
+                whole = load_adapter(Path(self.start).expanduser(), self, module, whole)
         still = {f"{name}.{A}" for name in chosen} if self.train == "b" else set()
         return Fitted(whole, (*(name for name in added if name not in still), *also), draws)
 
@@ -163,6 +169,9 @@ class Lora(Adapt):
         layers = [name for name, part in module.named_modules() if isinstance(part, Adapted)]
         lengths = {n: row_norms(whole[f"{n}.weight"], whole[f"{n}.{A}"], whole[f"{n}.{B}"], self.scale) for n in layers}
         return whole | Params({f"{name}.{MAGNITUDE}": v for name, v in lengths.items()})
+
+    def export(self, folder: Path, module: nn.Module, whole: Params) -> None:
+        save_adapter(folder, self, module, whole)
 
     def merged(self, module: nn.Module, whole: Params) -> Params:
         merged = {name: v for name, v in whole.items() if not name.endswith((f".{A}", f".{B}", f".{MAGNITUDE}"))}
@@ -176,7 +185,7 @@ class Lora(Adapt):
                 merged[f"{name}.weight"] = new
         return Params(merged)
 
-    def _also(self, module: nn.Module) -> list[str]:
+    def wholly(self, module: nn.Module) -> list[str]:
         """Layers trained whole: what matches and has parameters."""
         owners = {name: "layer" for name, part in module.named_modules() if name and any(True for _ in part.parameters(recurse=False))}
         return _matching(self.also, owners, "also") if self.also else []
