@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
+
 
 import pytest
 import torch
@@ -71,3 +71,77 @@ def tiny(kind: str) -> dict:
     if kind == "gpt2":
         small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
     return {"model_type": kind, **small, "pad_token_id": 0}
+
+
+def text_scenario(model: str, source: str) -> str:
+    return f"""\
+name: adapted
+seed: 4
+data: {{source: {source}, clients: 4, partition: iid}}
+model: {model}
+strategy: {{name: fedavg, weights: uniform, local: {{name: dp-sgd, lr: 0.1, noise: 0.5, batch_size: 4, steps: 2}}}}
+rounds: 2
+evaluate: {{every: 2, batch: 500}}
+engine: {{workers: 0}}
+"""
+
+
+BERT = "{{name: huggingface, config: {}, adapt: {}}}"
+QUERY_AND_VALUE = 2 * 2 * (16 + 16)  # A and B of rank 2 on two layers of 16 x 16
+CHOICES = {
+    "bert lora": ("bert", {"name": "lora", "rank": 2, "targets": ["query", "value"], "also": ["classifier"]}, QUERY_AND_VALUE + 2 * 16 + 2),
+    "bert peft": ("bert", {"name": "peft", "config": {"r": 2, "target_modules": ["query", "value"]}}, QUERY_AND_VALUE),
+    "gpt2 peft": ("gpt2", {"name": "peft", "config": {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}}, 2 * (16 + 48)),
+}
+
+
+@pytest.mark.parametrize(("kind", "adapt", "size"), CHOICES.values(), ids=CHOICES.keys())
+def test_a_hugging_face_model_trains_privately_and_only_adapters_travel(kind, adapt, size, tmp_path):
+    text = text_scenario(BERT.format(json.dumps(tiny(kind)), json.dumps(adapt)), "{name: smsspam, vocabulary: 60, length: 6}")
+    folder, log = rows_of(tmp_path, text=text)
+    assert log[-1]["bytes_up"] == 4 * 4 * size
+    assert log[-1]["privacy.epsilon"] > 0
+    assert log[-1]["test.loss"] != log[0]["test.loss"]
+    assert (folder.path / "adapter").exists() == (adapt["name"] == "lora")
+
+
+def test_a_folder_of_a_pretrained_model_is_read_and_pefts_merge_answers_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(**tiny("bert"), vocab_size=60, num_labels=2)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
+    adapt = {"name": "peft", "config": {"r": 2, "target_modules": ["query"]}, "merge": True}
+    model = f"{{name: huggingface, path: {tmp_path / 'model'}, adapt: {json.dumps(adapt)}}}"
+    folder, log = rows_of(tmp_path, text=text_scenario(model, "{name: smsspam, vocabulary: 60, length: 6}"))
+    from safetensors.torch import load_file
+
+    merged = load_file(folder.path / "model.safetensors")
+    there = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert {f"model.{name}" for name, _ in there.named_parameters()} == set(merged)
+    there.load_state_dict({name.removeprefix("model."): v for name, v in merged.items()}, strict=False)
+    from test_lora import world_of
+
+    _, world = world_of(tmp_path, text=text_scenario(model, "{name: smsspam, vocabulary: 60, length: 6}"))
+    x, y = world.data.test_x, world.data.test_y
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(there(input_ids=x, attention_mask=(x != 0).long()).logits, y)
+    assert float(loss) == pytest.approx(log[-1]["test.loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{name: huggingface}", "give `path`, or a `config` with model_type"),
+        ("{name: huggingface, config: {model_type: gtp2}}", "model.config: cannot be loaded"),
+        ("{name: huggingface, path: /nowhere/at/all}", "model.path: cannot be loaded"),
+        (BERT.format(json.dumps(tiny("bert")), '{name: peft, config: {target_modules: [nothing]}}'), "model.adapt.config: PEFT refuses it"),
+    ],
+)
+def test_what_cannot_be_made_is_said(model, message, tmp_path):
+    from test_lora import world_of
+
+    from fedsim.errors import FedsimError
+
+    with pytest.raises(FedsimError) as caught:
+        world_of(tmp_path, text=text_scenario(model, "{name: smsspam, vocabulary: 60, length: 6}"))
+    assert message in str(caught.value)
