@@ -77,7 +77,8 @@ STRATEGIES = {
     "server-finetune": Case(strategy("server-finetune", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "dp": Case(strategy("dp", inner=strategy("fedavg", local=LOCAL, weights="uniform"), noise=1e-9, clip=10.0)),
     "dp adaptive": Case(
-        strategy("dp", inner=strategy("fedavgm", local=LOCAL, weights="uniform", server_lr=0.5, beta=0.5), noise=1e-9, quantile=0.9), rounds=200
+        strategy("dp", inner=strategy("fedavgm", local=LOCAL, weights="uniform", server_lr=0.5, beta=0.5), noise=1e-9, quantile=0.9),
+        rounds=200,
     ),
     "dp-lora": Case(strategy("dp-lora", local=LOCAL)),  # without adapters it is an average; tests/test_dp_lora.py has the rest
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),

@@ -123,7 +123,9 @@ def test_sum_and_count_together_cost_what_the_sum_alone_would(m):
 def test_the_norm_follows_the_quantile():
     """Updates of lengths 1 to 9 that never change, because the model is put back: the norm settles at the quantile."""
     toy = jumpers([[float(i), 0.0] for i in range(1, 10)])
-    strategy = Dp(FedAvg(JUMP, weights="uniform", server_lr=1e-9), noise=QUIET, clip=0.1, quantile=0.5, clip_lr=0.5, count_noise=QUIET, cohort=9)
+    strategy = Dp(
+        FedAvg(JUMP, weights="uniform", server_lr=1e-9), noise=QUIET, clip=0.1, quantile=0.5, clip_lr=0.5, count_noise=QUIET, cohort=9
+    )
     norms = [float(state.clip) for state in rounds(strategy, toy, 60)]
     assert norms[0] == pytest.approx(0.1 * math.exp(0.25), rel=1e-6)
     assert all(4.0 <= norm <= 6.0 for norm in norms[-10:])  # four, then five of nine are short

@@ -125,7 +125,11 @@ def test_a_layer_by_hand():
     n = np.linalg.norm(W + 4 * B @ A, axis=1); print((np.array([1., 2.]) / n * ((W + 4 * B @ A) @ x)).round(6))
     """
     layer = nn.Linear(2, 2, bias=False)
-    values = {"weight": torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "lora_A": torch.tensor([[1.0, -1.0]]), "lora_B": torch.tensor([[2.0], [3.0]])}
+    values = {
+        "weight": torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
+        "lora_A": torch.tensor([[1.0, -1.0]]),
+        "lora_B": torch.tensor([[2.0], [3.0]]),
+    }
     x = torch.tensor([[1.0, 3.0]])
     adapted = Adapted(layer, 4.0, 0.0)
     assert torch.func.functional_call(adapted, values, (x,)).tolist() == [[-9.0, -21.0]]
@@ -210,7 +214,12 @@ class Tied(nn.Module):
 FEATURES = torch.zeros(2, 4)
 REFUSED: list[tuple[Lora, Any, Any, str]] = [
     (Lora(rank=5), None, None, "rank 5 is larger than layer 'fc' allows, a matrix of 3 x 10; take at most 3"),
-    (Lora(targets=("fcc",)), None, None, r"'fcc' matches no layer \(did you mean 'fc'\?\); there are: embed \(embedding\), conv \(convolution\), fc"),
+    (
+        Lora(targets=("fcc",)),
+        None,
+        None,
+        r"'fcc' matches no layer \(did you mean 'fc'\?\); there are: embed \(embedding\), conv \(convolution\), fc",
+    ),
     (Lora(rank=2, targets=ALL, dora=True), None, None, "'embed' is no linear layer"),
     (Lora(rank=2, also=("head",)), None, None, "model.adapt.also: 'head' matches no layer"),
     (Lora(rank=2, also=("fc",)), None, None, "nothing is left to adapt"),
@@ -312,7 +321,9 @@ def test_a_merged_model_is_a_plain_network_that_answers_the_same(tmp_path):
     kept, log = rows_of(tmp_path / "kept")
     merged, _ = rows_of(tmp_path / "merged", "model.adapt.merge=true")
     plain = model_of(merged)
-    scenario, world = world_of(tmp_path, text=SCENARIO.replace(", adapt: {name: lora, rank: 3, alpha: 6}", "").replace(", adapt: false", ""))
+    scenario, world = world_of(
+        tmp_path, text=SCENARIO.replace(", adapt: {name: lora, rank: 3, alpha: 6}", "").replace(", adapt: false", "")
+    )
     assert set(plain) == set(world.w)
     output = world.problem.output(Params(plain), world.data.test_x)
     assert float((output.argmax(1) == world.data.test_y).double().mean()) == pytest.approx(log[-1]["test.accuracy"])
@@ -346,7 +357,9 @@ def test_modes_agree_from_the_first_phase_on(tmp_path):
 
 
 def test_adapters_of_an_earlier_phase_go_on_and_a_dense_phase_takes_them_in(tmp_path):
-    text = SCENARIO.replace("rounds: 4}", "rounds: 2}\n  - {strategy: {name: fedavg, local: {name: sgd, lr: 0.2}}, rounds: 1, adapt: ADAPT}")
+    text = SCENARIO.replace(
+        "rounds: 4}", "rounds: 2}\n  - {strategy: {name: fedavg, local: {name: sgd, lr: 0.2}}, rounds: 1, adapt: ADAPT}"
+    )
     (tmp_path / "on").mkdir()
     folder, log = rows_of(tmp_path / "on", text=text.replace("ADAPT", "true"))
     assert len([name for name in model_of(folder) if "lora" in name]) == 4

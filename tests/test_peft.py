@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-
 import pytest
 import torch
 from test_lora import SCENARIO, TOKENS, Mixed, fitted, moved, rows_of
@@ -134,7 +133,7 @@ def test_a_folder_of_a_pretrained_model_is_read_and_pefts_merge_answers_the_same
         ("{name: huggingface}", "give `path`, or a `config` with model_type"),
         ("{name: huggingface, config: {model_type: gtp2}}", "model.config: cannot be loaded"),
         ("{name: huggingface, path: /nowhere/at/all}", "model.path: cannot be loaded"),
-        (BERT.format(json.dumps(tiny("bert")), '{name: peft, config: {target_modules: [nothing]}}'), "model.adapt.config: PEFT refuses it"),
+        (BERT.format(json.dumps(tiny("bert")), "{name: peft, config: {target_modules: [nothing]}}"), "model.adapt.config: PEFT refuses it"),
     ],
 )
 def test_what_cannot_be_made_is_said(model, message, tmp_path):

@@ -1,6 +1,5 @@
 """Example-level privacy: gradients, sensitivity, sampling, noise, and the account of them."""
 
-import json
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,8 +12,8 @@ import pytest
 import torch
 from dp_accounting import pld, rdp
 from scipy import stats
-from toy import problem_of, rounds, vector
 from torch import nn
+from toy import problem_of, rounds, vector
 
 from fedsim import rng
 from fedsim.data import Lists, plan
@@ -451,7 +450,9 @@ def test_the_account_resumes_to_the_same_bytes(tmp_path):
 
 
 def test_an_unprotected_phase_on_clients_data_makes_the_whole_infinite(tmp_path):
-    text = SCENARIO.replace("strategy: {", "phases: [{strategy: {name: fedavg}, rounds: 1}, {strategy: {").replace("3}}\nprivacy", "3}}, rounds: 2}]\nprivacy")
+    text = SCENARIO.replace("strategy: {", "phases: [{strategy: {name: fedavg}, rounds: 1}, {strategy: {").replace(
+        "3}}\nprivacy", "3}}, rounds: 2}]\nprivacy"
+    )
     rows = rows_of(tmp_path, text=text.replace("rounds: 6\n", ""))
     assert rows[-1]["privacy.epsilon"] is None  # JSON has no infinity
 

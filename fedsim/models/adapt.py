@@ -50,7 +50,7 @@ class Adapt(Kind, ABC):
 
     merge: bool  # whether the model at the end is one without adapters
 
-    def export(self, folder: Path, module: nn.Module, whole: Params) -> None:  # noqa: B027  (not every adapter has a file of its own)
+    def export(self, folder: Path, module: nn.Module, whole: Params) -> None:
         """Write the adapters by themselves, for others to load. Default: nothing is written."""
 
     def begin(self, module: nn.Module, whole: Params) -> Params:

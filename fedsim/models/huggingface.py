@@ -153,7 +153,9 @@ def _same_answers(model: nn.Module, padding: int, tokens: Tensor) -> Answers:
             answers = Answers(model, padding, causal)
             if torch.allclose(answers(tokens), own, rtol=1e-3, atol=1e-4):
                 return answers
-    raise ScenarioError("model.path", "attends in a way that is neither causal nor to all tokens alike, which cannot be batched over clients")
+    raise ScenarioError(
+        "model.path", "attends in a way that is neither causal nor to all tokens alike, which cannot be batched over clients"
+    )
 
 
 def _library(name: str) -> Any:

@@ -28,7 +28,9 @@ def save_adapter(folder: Path, lora: Lora, module: nn.Module, whole: Params) -> 
 
     kinds = _kinds(module)
     also = sorted({name.rpartition(".")[0] for name in _also(lora, module, whole)})
-    tensors = {_there(name, kinds): _shaped(value, name, kinds).detach().cpu().contiguous() for name, value in _own(lora, module, whole).items()}
+    tensors = {
+        _there(name, kinds): _shaped(value, name, kinds).detach().cpu().contiguous() for name, value in _own(lora, module, whole).items()
+    }
     config = {
         "peft_type": "LORA",
         "task_type": None,

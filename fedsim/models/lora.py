@@ -257,7 +257,9 @@ def _try(module: nn.Module, whole: Params, x: Tensor, chosen: set[str]) -> dict[
     """Run the adapted network once. What it draws; raises where an adapter is passed by."""
     ran: set[str] = set()
     handles = [
-        part.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, part in module.named_modules() if isinstance(part, Adapted)
+        part.register_forward_hook(lambda *_, name=name: ran.add(name))
+        for name, part in module.named_modules()
+        if isinstance(part, Adapted)
     ]
     try:
         draws = draws_of(module, lambda: torch.func.functional_call(module, dict(whole), (x,)))

@@ -107,7 +107,12 @@ def curves(out: Path) -> None:
                     continue
                 last = run(scenario_of(method, epsilon, seed, CHOSEN[method]))
                 row = {"method": method, "epsilon": epsilon, "seed": seed, "lr": CHOSEN[method], "accuracy": last["test.accuracy"]}
-                row |= {"spent": last["privacy.epsilon"], "noise": last["privacy.noise"], "bytes": last["bytes"], "cpu": round(last["cpu"], 1)}
+                row |= {
+                    "spent": last["privacy.epsilon"],
+                    "noise": last["privacy.noise"],
+                    "bytes": last["bytes"],
+                    "cpu": round(last["cpu"], 1),
+                }
                 row |= {"loss": last["test.loss"], "bias": last.get("server.bias")}
                 with open(out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -354,7 +359,9 @@ def canary() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.private", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.private", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("part", choices=["tune", "curves", "table", "speed", "canary"])
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curves.jsonl"))
