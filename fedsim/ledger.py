@@ -228,7 +228,7 @@ def _most_rounds(scenario: Scenario, rounds: int, ledger: Ledger) -> int:
         return rounds
     from scipy.stats import binom
 
-    return min(rounds, int(math.ceil(binom.ppf(1 - 0.01 / len(ledger.sizes), rounds, rate))))
+    return min(rounds, math.ceil(binom.ppf(1 - 0.01 / len(ledger.sizes), rounds, rate)))
 
 
 def _with_noise(stage: Phase, noise: float) -> Phase:

@@ -19,7 +19,7 @@ it. The mean of factors is not the factor of the mean: `server.bias` is ||mean(B
 Remedies: `aggregate: product` (FLoRA, Wang et al., NeurIPS 2024, arXiv 2409.05976, truncated to rank r as in FedSVD, arXiv 2505.12805), or
 `model.adapt.train: b` (FFA-LoRA, Sun et al., ICLR 2024, arXiv 2403.12313), which leaves A as drawn, so that mean(B) A is exact.
 
-Differs: the paper states neither targets, alpha, sampling nor an accountant. FLoRA stacks factors and adds products to W; here the rank stays r.
+Differs: the paper states neither targets, alpha, sampling nor an accountant. FLoRA adds the products to W; here the rank stays r.
 """
 
 from __future__ import annotations

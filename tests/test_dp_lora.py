@@ -93,9 +93,7 @@ def test_published_noise_goes_to_both_factors_with_its_deviation():
     """Clients without any gradient: 400 rounds of A (3) and B (2) of two clients, averaged: deviation lr z C / sqrt(2). Fixed numbers."""
     trainer, w = federation(LORA, {"lora_A": [[0.0, 0.0, 0.0]], "lora_B": [[0.0], [0.0]]})
     still = replace(trainer, y=trainer.x @ torch.tensor([[1.0, 0.0, 2.0], [0.0, -1.0, 1.0]], dtype=D).T)
-    zero = []
-    for state in states(DpLora(DpLoraBatch(lr=1e-6, noise=2.0, clip=10.0)), still, w, 400):
-        zero.append(state.w.vector().numpy())
+    zero = [state.w.vector().numpy() for state in states(DpLora(DpLoraBatch(lr=1e-6, noise=2.0, clip=10.0)), still, w, 400)]
     steps = np.diff(np.stack([np.zeros(5), *zero]), axis=0) / (1e-6 * 20 / np.sqrt(2))
     assert stats.kstest(steps.ravel(), "norm").pvalue > 1e-3
 

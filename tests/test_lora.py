@@ -166,8 +166,8 @@ def test_an_image_network_and_a_stack_of_clients():
 
 @pytest.mark.parametrize("rank", [6, 3])
 def test_at_full_rank_it_trains_like_the_dense_layer(rank):
-    """Least squares on one layer, W [6, 6]. A is orthogonal and stays (train: b), so a step of B with rate lr / scale^2 moves the product as
-    a dense step with rate lr does: d(scale B A) = -scale^2 (lr / scale^2) G A^T A = -lr G. At half the rank it cannot.
+    """Least squares on one layer, W [6, 6]. A is orthogonal and stays (train: b), so a step of B with rate lr / scale^2 moves the product
+    as a dense step with rate lr does: d(scale B A) = -scale^2 (lr / scale^2) G A^T A = -lr G. At half the rank it cannot.
     """
     torch.manual_seed(0)
     module = nn.Linear(6, 6, bias=False, dtype=torch.float64)
