@@ -151,7 +151,7 @@ def open_ledger(scenario: Scenario, sizes: np.ndarray) -> Ledger:
     """The account of a scenario, its noise solved for where `privacy.target_epsilon` says so. Warns of a delta that promises nothing."""
     stages = scenario.stages()
     found = {p.unit for stage in stages for p in (stage.strategy.protects(), stage.strategy.local.protects()) if p is not None}
-    units: tuple[Unit, ...] = tuple(unit for unit in ("client", "example") if unit in found)  # type: ignore[misc]
+    units: tuple[Unit, ...] = tuple(unit for unit in ("client", "example") if unit in found)
     # Where a phase trains on clients without protection, what it costs is infinite, and is said.
     whole = tuple(unit for unit in units if all(_protection(stage, unit) or not stage.strategy.asks for stage in stages))
     ledger = Ledger(stages, scenario.privacy, sizes, client_sampling(scenario, sizes), whole or units)
@@ -194,7 +194,7 @@ def _most(rows: np.ndarray) -> np.ndarray:
     kinds = np.unique(rows, axis=0)
     if len(kinds) > MOST_KINDS:
         return kinds.max(0, keepdims=True)
-    beaten = (kinds[None] >= kinds[:, None]).all(2) & (kinds[None] > kinds[:, None]).any(2)  # [K, K]
+    beaten: np.ndarray = (kinds[None] >= kinds[:, None]).all(2) & (kinds[None] > kinds[:, None]).any(2)  # [K, K]
     return kinds[~beaten.any(1)]
 
 

@@ -148,6 +148,13 @@ class DpAdam(Private):
 
     @cached_property
     def rule(self) -> Adam:
-        optimiser = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
-        decay: dict[str, Any] = {"weight_decay": self.weight_decay, "decoupled": self.decoupled, "proximal": self.proximal}
-        return Adam(self.lr, **optimiser, **decay, schedule=self.schedule)
+        return Adam(
+            self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled=self.decoupled,
+            proximal=self.proximal,
+            schedule=self.schedule,
+        )

@@ -66,7 +66,8 @@ class Guarded:
 
     @property
     def w(self) -> Params:
-        return self.inner.w  # type: ignore[no-any-return]
+        w: Params = self.inner.w
+        return w
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class Dp(WeightedStrategy):
         m, z_sum, z_count = self.scales(problem)
         delta: Params = total.payload.delta
         noised = delta + noise_like(delta, fold(key, 0), problem.entropy) * (z_sum * state.clip)
+        assert isinstance(self.inner, WeightedStrategy)
         inner = self.inner.apply(problem, state.inner, Total(noised, torch.full_like(total.weight, m)), arrivals, fold(key, 1))
         if self.quantile is None:
             return Guarded(inner, state.clip)

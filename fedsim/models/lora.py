@@ -37,7 +37,7 @@ from fedsim.params import Params
 from fedsim.registry import register
 from fedsim.rng import Key
 
-CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding", **dict.fromkeys(CONVOLUTIONS, "convolution")}
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Layers that read the weights of layers inside of them without running those: an adapter there would be passed by."""

@@ -278,7 +278,7 @@ def speed() -> None:
 # ---- membership
 
 
-def advantages(epsilon: float, seed: int, canaries: int = 400, rounds: int = 40) -> tuple[float, float, float]:
+def advantages(epsilon: float, seed: int, canaries: int = 400, rounds: int = 20) -> tuple[float, float, float]:
     """Advantage of a loss-threshold attack on canaries, its bound, and test accuracy.
 
     Canaries are examples with random labels. Half of them, by lot, are trained on; the attack says "member" where the model's loss on one
@@ -316,7 +316,7 @@ def advantages(epsilon: float, seed: int, canaries: int = 400, rounds: int = 40)
 def canary_scenario(epsilon: float, seed: int, rounds: int) -> Any:
     from fedsim.document import Document
 
-    program: dict[str, Any] = {"name": "sgd", "lr": 0.2, "epochs": 5, "batch_size": 16, "momentum": 0.9}
+    program: dict[str, Any] = {"name": "sgd", "lr": 0.1, "epochs": 5, "batch_size": 16, "momentum": 0.5}
     if math.isfinite(epsilon):
         program = {"name": "dp-sgd", "lr": 0.5, "steps": 4, "batch_size": 64, "momentum": 0.5}
     values: dict[str, Any] = {
