@@ -194,8 +194,8 @@ def _most(rows: np.ndarray) -> np.ndarray:
     kinds = np.unique(rows, axis=0)
     if len(kinds) > MOST_KINDS:
         return kinds.max(0, keepdims=True)
-    beaten: np.ndarray = (kinds[None] >= kinds[:, None]).all(2) & (kinds[None] > kinds[:, None]).any(2)  # [K, K]
-    return kinds[~beaten.any(1)]
+    at_least, more = kinds[None] >= kinds[:, None], kinds[None] > kinds[:, None]  # [K, K, D]
+    return kinds[~np.any(np.all(at_least, axis=2) & np.any(more, axis=2), axis=1)]
 
 
 def _solve(ledger: Ledger, scenario: Scenario) -> Ledger:
