@@ -20,7 +20,7 @@ def test_the_attack_sees_who_was_trained_on_without_privacy():
 
 
 def test_with_privacy_it_stays_within_what_epsilon_allows():
-    """Advantage <= (e^eps - 1 + 2 delta) / (e^eps + 1), and 5 deviations of two shares of a hundred each: 5 sqrt(2 / 400) = 0.36 at most."""
+    """Advantage <= (e^eps - 1 + 2 delta) / (e^eps + 1), and 5 deviations of two shares of a hundred: 5 sqrt(2 / 400) = 0.36."""
     advantage, bound, _ = advantages(0.5, 1, rounds=10)
     assert bound == pytest.approx(math.tanh(0.25), rel=0.01)
     assert advantage < 0.36  # what chance alone may give, were nothing learned at all

@@ -74,7 +74,7 @@ def test_it_begins_by_saying_what_it_is(file: Path) -> None:
 
 @everyone
 def test_what_a_run_folder_keeps_is_the_same_scenario(file: Path, tmp_path: Path) -> None:
-    scenario, _ = load(file, ("rounds=7",))
+    scenario, _ = load(file, ("seed=7",))
     Folder(tmp_path).write_scenario(dump_scenario(scenario))
     again, _ = load(tmp_path / "scenario.yaml")
     assert again == scenario
