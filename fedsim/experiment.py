@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsim import rng
 from fedsim.conformal import ConformalStrategy, OfClient, calibration_sizes
 from fedsim.engine import Received, Round, run
+from fedsim.errors import ScenarioError
 from fedsim.folder import Folder
 from fedsim.manifest import manifest
 from fedsim.metrics import Judged, coverage, mean, of_client, under_law
@@ -61,7 +62,7 @@ def train(scenario: Scenario, world: World, folder: Folder, executor: Executor |
     own = open_executor(scenario, world) if executor is None else executor
     try:
         if executor is not None:
-            own.freeze(None)  # an earlier run may have left the model of a phase there
+            own.freeze(world.problem.frozen)  # an earlier run may have left the model of a phase there
         yield from _Training(scenario, world, folder, own).rounds()
     finally:
         if executor is None:
@@ -86,7 +87,8 @@ class _Progress:
     Attributes:
         phase: which one is at hand, from 0.
         done: rounds of the phases before it.
-        frozen: the model that the phase before deployed.
+        frozen: the model that the phase before left.
+        counts: what the privacy account counts.
         start: where in the phase to go on, or None at its beginning.
         port: the port's saved state, with `start`.
     """
@@ -94,12 +96,14 @@ class _Progress:
     phase: int = 0
     done: int = 0
     frozen: Params | None = None
+    counts: dict[str, Tensor] = field(default_factory=dict)
     start: Round | None = None
     port: Any = None
 
     def save(self) -> dict[str, Any]:
         assert self.start is not None
         return {"phase": self.phase, "done": self.done, "frozen": self.frozen, "port": self.port} | {
+            "counts": self.counts,
             "version": self.start.version,
             "state": self.start.state,
         }
@@ -107,7 +111,7 @@ class _Progress:
     @staticmethod
     def load(saved: dict[str, Any]) -> _Progress:
         start = Round(saved["version"], saved["state"], Received())
-        return _Progress(saved["phase"], saved["done"], saved["frozen"], start, saved["port"])
+        return _Progress(saved["phase"], saved["done"], saved["frozen"], saved["counts"], start, saved["port"])
 
 
 @dataclass(frozen=True)
@@ -122,26 +126,32 @@ class _Training:
     def rounds(self) -> Generator[Row, None, None]:
         saved = self.folder.latest()
         self.folder.rewind(saved[0] if saved else -1)
-        progress = _Progress.load(saved[1]) if saved else _Progress()
-        stages = self.scenario.stages()
+        progress = _Progress.load(saved[1]) if saved else _Progress(counts=self.world.ledger.start())
+        stages = self.world.ledger.stages
         if not saved:
-            row: Row = {"round": 0, "time": 0.0} | self._scores(0, stages[0], None, self.world.w, None)
+            if self.world.problem.frozen is not None:
+                self.executor.freeze(self.world.problem.frozen)
+            row: Row = {"round": 0, "time": 0.0} | self._scores(0, stages[0], self.world.problem, None, self.world.w, None)
             self.folder.log("metrics", row)
             yield row
         port: SimPort | None = None
         for stage in stages[progress.phase :]:
-            first = self.world.w if progress.frozen is None else progress.frozen
-            problem = replace(self.world.problem, frozen=progress.frozen, storage=self.folder.storage)
-            if progress.phase:
-                self.executor.freeze(progress.frozen)
+            frozen, first = self.world.enter(stage, progress.frozen)
+            problem = replace(self.world.problem, frozen=frozen, storage=self.folder.storage)
+            if frozen is not None:
+                self.executor.freeze(frozen)
             port = self._port(stage, first, port)
             if progress.start is not None:
                 port.restore(progress.port)
-            state = yield from self._phase(stage, problem, first, port, progress)
-            deployed = stage.strategy.deploy(state, stage.strategy.memory(problem, first))
-            progress = _Progress(progress.phase + 1, progress.done + stage.rounds, deployed)
+            last, counts = yield from self._phase(stage, problem, first, port, progress)
+            if last is not None:
+                left = self.world.leave(stage, frozen, stage.strategy.deploy(last.state, stage.strategy.memory(problem, first)))
+                progress = _Progress(progress.phase + 1, progress.done + last.version, left, counts)
+            if last is None or last.version < stage.rounds:  # the privacy budget is spent
+                break
         assert progress.frozen is not None  # there is at least one phase
-        self.folder.write_model(progress.frozen)
+        self.world.export(progress.frozen, self.folder.path / "adapter")
+        self.folder.write_model(self.world.final(progress.frozen))  # last: it says that the run is finished
 
     def _port(self, stage: Phase, first: Params, before: SimPort | None) -> SimPort:
         scenario, world = self.scenario, self.world
@@ -159,27 +169,35 @@ class _Training:
             port.continue_clock(before)
         return port
 
-    def _phase(self, stage: Phase, problem: Problem, first: Params, port: SimPort, progress: _Progress) -> Generator[Row, None, Any]:
-        """The rounds of one phase, logged and checkpointed; returns the last state."""
-        last, saved = progress.start, True
+    def _phase(
+        self, stage: Phase, problem: Problem, first: Params, port: SimPort, progress: _Progress
+    ) -> Generator[Row, None, tuple[Round | None, dict[str, Tensor]]]:
+        """The rounds of one phase, logged and checkpointed; returns the last (None: there was none) and the privacy account."""
+        last, saved, ledger = progress.start, True, self.world.ledger
         if last is not None and last.version >= stage.rounds:
-            return last.state
+            return last, progress.counts
+        if ledger.exhausted(progress.counts, progress.phase):
+            if last is None and progress.frozen is None:
+                raise ScenarioError("privacy", "a single round would pass the budget; raise it, or the noise")
+            return last, progress.counts
         key = rng.fold(self.scenario.seed, PHASE, progress.phase)
         try:
             clock = time.perf_counter()
             for last in run(stage.strategy, problem, first, port, self.scenario.pace, key, progress.start):
                 trained = time.perf_counter()
-                row = self._row(stage, last, port, progress)
+                progress = replace(progress, counts=ledger.enter(progress.counts, progress.phase, last.received))
+                spent = last.version < stage.rounds and ledger.exhausted(progress.counts, progress.phase)
+                row = self._row(stage, problem, last, port, progress, spent)
                 end = time.perf_counter()
                 self.folder.log("metrics", row)
                 self.folder.log("clients", _client_row(row["round"], last))
                 self.folder.log("timings", {"round": row["round"], "train": trained - clock, "evaluate": end - trained})
-                saved = row["round"] % self.scenario.output.checkpoint == 0 or last.version == stage.rounds
+                saved = row["round"] % self.scenario.output.checkpoint == 0 or last.version == stage.rounds or spent
                 if saved:
                     self._checkpoint(last, port, progress)
                 yield row | {"seconds": end - clock}
-                if last.version == stage.rounds:
-                    return last.state
+                if last.version == stage.rounds or spent:
+                    return last, progress.counts
                 clock = time.perf_counter()
         finally:
             if not saved and last is not None:
@@ -190,8 +208,8 @@ class _Training:
         reached = replace(progress, start=last, port=port.save())
         self.folder.save(progress.done + last.version, reached.save(), self.scenario.output.keep)
 
-    def _row(self, stage: Phase, last: Round, port: SimPort, progress: _Progress) -> Row:
-        """Everything to be said of a round."""
+    def _row(self, stage: Phase, problem: Problem, last: Round, port: SimPort, progress: _Progress, spent: bool) -> Row:
+        """Everything to be said of a round. `spent`: it is the last one, because the privacy budget does not allow another."""
         received, number = last.received, progress.done + last.version
         row: Row = {"round": number, "time": last.time}
         if self.scenario.phases is not None:
@@ -209,13 +227,16 @@ class _Training:
         for name, value in last.report.items():
             if not _per_client(value):
                 row[name if "." in name else f"server.{name}"] = _plain(float(value))
-        if number % self.scenario.evaluate.every == 0 or last.version == stage.rounds:
-            row |= self._scores(number, stage, last.state, last.state.w, port)
+        row |= {name: _plain(value) for name, value in self.world.ledger.row(progress.counts, progress.phase).items()}
+        if spent:
+            row["stopped"] = "the privacy budget is spent"
+        if number % self.scenario.evaluate.every == 0 or last.version == stage.rounds or spent:
+            row |= self._scores(number, stage, problem, last.state, last.state.w, port)
         return row
 
-    def _scores(self, number: int, stage: Phase, state: Any, w: Params, port: SimPort | None) -> Row:
+    def _scores(self, number: int, stage: Phase, problem: Problem, state: Any, w: Params, port: SimPort | None) -> Row:
         """Scores of what is deployed: the server's model on the test set, each client's own on its test data (logged one by one)."""
-        problem, data, strategy, batch = self.world.problem, self.world.data, stage.strategy, self.scenario.evaluate.batch
+        data, strategy, batch = self.world.data, stage.strategy, self.scenario.evaluate.batch
         shared = w if state is None or strategy.personal else strategy.deploy(state, strategy.memory(problem, w))
         on = "validation" if self.scenario.data.validation else "test"
         scores = evaluate(self.executor, problem, shared, len(data.test_x), batch, self.scenario.evaluate.classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -107,9 +107,15 @@ def tally(w: Params) -> Tensor:
     return first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
 
 
-def _start(w: Params, anchored: bool, first: bool, second: bool) -> Learner:
+def start(w: Params, anchored: bool, first: bool, second: bool) -> Learner:
+    """The carry before the first step."""
     zero, empty = tally(w), Params({})
     return Learner(w, w if anchored else empty, w.zeros() if first else empty, w.zeros() if second else empty, zero, zero, zero)
+
+
+def counted(carry: Learner, batch: Batch, loss: Tensor) -> Learner:
+    """The carry, with a batch of mean loss `loss` counted in."""
+    return replace(carry, loss=carry.loss + batch.n * loss, seen=carry.seen + batch.n)
 
 
 def _reply(message: Params, carry: Learner) -> Reply:
@@ -141,11 +147,14 @@ class Sgd(LocalProgram):
     schedule: Schedule = Constant()
 
     def begin(self, problem: Problem, message: Params, memory: Any) -> Learner:
-        return _start(message, self.proximal > 0, self.momentum > 0, second=False)
+        return start(message, self.proximal > 0, self.momentum > 0, second=False)
 
     def step(self, problem: Problem, carry: Learner, batch: Batch, draws: Draws, passname: str) -> Learner:
         g, loss = problem.grad(carry.w, batch, draws)
-        g = clip(g, self.clip)
+        return counted(self.along(problem, carry, clip(g, self.clip)), batch, loss)
+
+    def along(self, problem: Problem, carry: Learner, g: Params) -> Learner:
+        """The carry after a step along the gradient `g`, however it was come by."""
         if self.weight_decay:
             g = g + self.weight_decay * carry.w
         if self.proximal:
@@ -155,7 +164,7 @@ class Sgd(LocalProgram):
             v = self.momentum * v + g
             g = g + self.momentum * v if self.nesterov else v
         w = carry.w.plus(g, -self.lr * self.schedule.factor(problem.version))
-        return Learner(w, carry.anchor, v, carry.second, carry.t, carry.loss + batch.n * loss, carry.seen + batch.n)
+        return Learner(w, carry.anchor, v, carry.second, carry.t, carry.loss, carry.seen)
 
     def finish(self, problem: Problem, message: Params, carry: Learner, n: Tensor) -> Reply:
         return _reply(message, carry)
@@ -192,11 +201,14 @@ class Adam(LocalProgram):
     schedule: Schedule = Constant()
 
     def begin(self, problem: Problem, message: Params, memory: Any) -> Learner:
-        return _start(message, self.proximal > 0, first=True, second=True)
+        return start(message, self.proximal > 0, first=True, second=True)
 
     def step(self, problem: Problem, carry: Learner, batch: Batch, draws: Draws, passname: str) -> Learner:
         g, loss = problem.grad(carry.w, batch, draws)
-        g = clip(g, self.clip)
+        return counted(self.along(problem, carry, clip(g, self.clip)), batch, loss)
+
+    def along(self, problem: Problem, carry: Learner, g: Params) -> Learner:
+        """The carry after a step along the gradient `g`, however it was come by."""
         lr = self.lr * self.schedule.factor(problem.version)
         w = carry.w
         if self.weight_decay and self.decoupled:
@@ -209,7 +221,7 @@ class Adam(LocalProgram):
         m = self.beta1 * carry.first + (1 - self.beta1) * g
         v = self.beta2 * carry.second + (1 - self.beta2) * (g * g)
         w = w.plus((m / (1 - self.beta1**t)) / ((v / (1 - self.beta2**t)).sqrt() + self.eps), -lr)
-        return Learner(w, carry.anchor, m, v, t, carry.loss + batch.n * loss, carry.seen + batch.n)
+        return Learner(w, carry.anchor, m, v, t, carry.loss, carry.seen)
 
     def finish(self, problem: Problem, message: Params, carry: Learner, n: Tensor) -> Reply:
         return _reply(message, carry)

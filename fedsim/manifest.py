@@ -28,7 +28,7 @@ def manifest(scenario: Scenario, world: World) -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
         "code": _revision(),
         "partition": world.data.fingerprint(),
-        "initial_model": _digest(world.w),
+        "initial_model": _digest(world.whole),
         "clients": world.data.clients,
         "parameters": world.w.size,
         "engine": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +15,7 @@ from fedsim.tree import nbytes
 
 if TYPE_CHECKING:
     from fedsim.rng import Key
-    from fedsim.scenario import Scenario
-    from fedsim.strategy import Strategy
+    from fedsim.scenario import Phase, Scenario
     from fedsim.world import World
 
 MOST_ROWS = 20
@@ -28,7 +29,7 @@ def facts(scenario: Scenario, world: World) -> dict[str, str]:
     from fedsim.data import count_steps
     from fedsim.world import expected_cohort
 
-    data, w = world.data, world.w
+    data = world.data
     sizes = data.sizes.numpy().astype(int)
     key = rng.fold(scenario.seed, rng.FLEET)
     out = {
@@ -38,14 +39,17 @@ def facts(scenario: Scenario, world: World) -> dict[str, str]:
         "test set": f"{len(data.test_x):,} examples on the server, {data.client_test.sizes.sum():,} on the clients",
         "proxy set": f"{len(data.proxy.x):,} examples on the server" if data.proxy else "none",
         "input": "x".join(map(str, data.input_shape)) + f", {type(data.task).__name__.lower()} with {data.task.outputs} outputs",
-        "model": f"{type(scenario.model).registered_name}, {w.size:,} parameters ({size(nbytes(w))})",
+        "model": f"{type(scenario.model).registered_name}, {world.whole.size:,} parameters ({size(nbytes(world.whole))})",
     }
-    for i, stage in enumerate(scenario.stages()):
+    if world.adapt is not None:
+        trained = sum(math.prod(shape) for shape in world.problem.network.adapters.values())
+        out["adapters"] = f"{type(world.adapt).registered_name}, {trained:,} parameters that are trained and sent"
+    for i, stage in enumerate(world.ledger.stages):
         strategy, program = stage.strategy, stage.strategy.local
         steps = count_steps(program, sizes) * len(program.passes)
         label = "strategy" if scenario.phases is None else f"phase {i + 1}"
         out[label] = f"{type(strategy).registered_name} over {type(program).registered_name}, {stage.rounds} rounds"
-        down, up = _message_bytes(strategy, world, key)
+        down, up = _message_bytes(stage, world, key)
         cohort = expected_cohort(scenario, data.clients, world.labels)
         out[f"{label}, a round"] = (
             f"{cohort:.1f} clients, {steps.min()} to {steps.max()} steps each (mean {steps.mean():.1f}), "
@@ -56,9 +60,13 @@ def facts(scenario: Scenario, world: World) -> dict[str, str]:
     return out
 
 
-def _message_bytes(strategy: Strategy, world: World, key: Key) -> tuple[int, int]:
+def _message_bytes(stage: Phase, world: World, key: Key) -> tuple[int, int]:
     """What one client receives and sends in a round, by starting its program and ending it without a step."""
-    problem, w = world.problem, world.w
+    if not stage.strategy.asks:
+        return 0, 0
+    strategy = stage.strategy
+    frozen, w = world.enter(stage, None)
+    problem = replace(world.problem, frozen=frozen)
     (job, *_) = strategy.plan(problem, strategy.init(problem, w), np.arange(1), key)
     carry = job.program.begin(problem, job.message, strategy.memory(problem, w))
     reply = job.program.finish(problem, job.message, carry, world.data.sizes[0])

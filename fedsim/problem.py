@@ -6,6 +6,7 @@ server's proxy data, and the parameters that an earlier phase left behind.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.entropy import KEYED, Entropy
 from fedsim.errors import FedsimError
 from fedsim.params import Params
 from fedsim.table import IN_RAM, Storage
@@ -140,10 +142,13 @@ class Network:
     """A module as a pure function of its parameters (and of the buffers that its dropouts read). Not for several threads at once.
 
     It does what `torch.func.functional_call` does, with the places of the parameters looked up once instead of at every call.
+
+    `adapters` says which tensors are trained, by name and shape, where they are not all parameters: see `fedsim.models.lora`.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, adapters: dict[str, tuple[int, ...]] | None = None):
         self.module = module
+        self.adapters = adapters or {}
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         for members, named in (("_parameters", module.named_parameters()), ("_buffers", module.named_buffers())):
             owners = [(getattr(part, members), key) for part in module.modules() for key in getattr(part, members)]
@@ -153,7 +158,7 @@ class Network:
         self._plain = not any(isinstance(part, nn.RNNBase) for part in module.modules())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Network, (self.module,)
+        return Network, (self.module, self.adapters)
 
     def __call__(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
         if not self._plain or torch.compiler.is_compiling():
@@ -181,10 +186,11 @@ class Problem:
         proxy: the server's own data, or None.
         calibration: calibration examples of each client, `[N]` float32, or None where the scenario keeps none.
         rates: the true share of rounds in which each client takes part, `[N]` float32, or None where the platform does not know it.
-        frozen: the model that an earlier phase deployed, or None.
+        frozen: the model that an earlier phase deployed, or None. Where only adapters are trained, everything else is in here.
         storage: where tables with a row for each client are kept.
         inputs: shape and range of an input, which a server knows from how its clients prepare their data; None for tokens.
         version: how many server updates the model at hand has behind it; schedules look at it. 0-dim float.
+        entropy: where noise that protects somebody comes from: keys, or in a deployment the operating system.
         taped: differentiate with the autograd tape (fast for one client at a time) instead of `torch.func` (needed under vmap).
     """
 
@@ -199,12 +205,25 @@ class Problem:
     storage: Storage = IN_RAM
     inputs: Inputs | None = None
     version: Tensor = field(default_factory=lambda: torch.zeros(()))
+    entropy: Entropy = KEYED
     taped: bool = False
 
     @property
     def clients(self) -> int:
         """N, the number of clients in the population."""
         return len(self.sizes)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, over a frozen model that is neither trained nor sent."""
+        return bool(self.network.adapters) and self.frozen is not None and self.network.adapters.keys() <= self.frozen.keys()
+
+    @property
+    def size(self) -> int:
+        """P, the number of entries of what is trained."""
+        if self.adapted:
+            return sum(math.prod(shape) for shape in self.network.adapters.values())
+        return sum(p.numel() for p in self.network.module.parameters())
 
     def at(self, version: int) -> Problem:
         """The problem as seen by a client that received model `version`."""
@@ -216,6 +235,8 @@ class Problem:
 
     def output(self, w: Params, x: Tensor, draws: Draws | None = None) -> Tensor:
         """The network's output. Without `draws` the network is in evaluation: dropout is off. `[B, ...] -> [B, ...]`."""
+        if self.adapted:
+            return self.network({**self.frozen, **w, **(draws or {})}, x)  # type: ignore[dict-item]
         return self.network({**w, **(draws or {})}, x)
 
     def loss(self, w: Params, batch: Batch, draws: Draws | None = None) -> Tensor:

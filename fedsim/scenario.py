@@ -20,7 +20,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
-import fedsim.local  # noqa: F401  (registers programs)
+import fedsim.local
+import fedsim.private  # noqa: F401  (registers programs)
 from fedsim import trackers
 from fedsim.conformal import ConformalStrategy, Target
 from fedsim.data import Data
@@ -29,6 +30,7 @@ from fedsim.errors import FedsimError, ScenarioError
 from fedsim.fleet import Fleet
 from fedsim.models import Model
 from fedsim.pace import Pace, Sync
+from fedsim.privacy import Accountant, Protection
 from fedsim.registry import dump, section
 from fedsim.strategy import LocalProgram, Strategy
 from fedsim.wording import explain
@@ -38,10 +40,14 @@ from fedsim.wrapper import Wrapper
 @section
 @dataclass(frozen=True)
 class Phase:
-    """A strategy and for how many rounds it runs. It starts from the model that the phase before it deployed."""
+    """A strategy and for how many rounds it runs. It starts from the model that the phase before it deployed.
+
+    adapt: of a model with adapters, whether they are what is trained; false = all weights are, and adapters come later.
+    """
 
     strategy: Strategy
     rounds: Annotated[int, Gt(0)]
+    adapt: bool = True
 
 
 @section
@@ -97,6 +103,23 @@ class Engine:
 
 @section
 @dataclass(frozen=True)
+class Privacy:
+    """How privacy is accounted for, where a program or a strategy protects somebody.
+
+    delta: of (epsilon, delta); null = 1 / n^1.1, for n examples or clients.
+    target_epsilon: every `noise` that is null becomes the least with which the whole run costs at most this.
+    budget: the run ends before epsilon passes it; null = target_epsilon, where there is one.
+    accountant: rdp = Renyi divergences; pld = privacy loss distributions, tighter and slower.
+    """
+
+    delta: Annotated[float, Gt(0), Lt(1)] | None = None
+    target_epsilon: Annotated[float, Gt(0)] | None = None
+    budget: Annotated[float, Gt(0)] | None = None
+    accountant: Accountant = "rdp"
+
+
+@section
+@dataclass(frozen=True)
 class Output:
     """What a run leaves behind.
 
@@ -127,6 +150,7 @@ class Scenario:
     fleet: Fleet = field(default_factory=Fleet)
     pace: Pace = field(default_factory=Sync)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    privacy: Privacy = field(default_factory=Privacy)
     engine: Engine = field(default_factory=Engine)
     output: Output = field(default_factory=Output)
 
@@ -153,6 +177,8 @@ def faults(scenario: Scenario) -> Iterator[ScenarioError]:
     if scenario.engine.address is not None and scenario.engine.workers in (0, "auto"):
         yield ScenarioError("engine.workers", "engine.address joins a Ray cluster: say how many workers to start there")
     yield from trackers.faults(scenario.output.trackers)
+    if scenario.phases or scenario.strategy is not None:
+        yield from _unaccountable(scenario)
     if scenario.phases is None:
         if scenario.strategy is None:
             yield ScenarioError("strategy", f"is required (or `phases`); there are: {', '.join(sorted(Strategy.choices))}")
@@ -190,6 +216,29 @@ def _misfits(strategy: Strategy, scenario: Scenario, where: str, first: bool) ->
     if first and isinstance(strategy, ConformalStrategy):
         example = f"phases: [{{strategy: fedavg, rounds: 50}}, {{strategy: {name}, rounds: 1}}]"
         yield ScenarioError(where, f"{name} calibrates the model of an earlier phase, and there is none; e.g. {example}")
+    if "adapters" in strategy.needs and scenario.model.adapt is None:
+        yield ScenarioError(where, f"{name} trains adapters; add model.adapt, e.g. {{name: lora, rank: 8}}")
+
+
+def _unaccountable(scenario: Scenario) -> Iterator[ScenarioError]:
+    """Noise that nobody sets, and targets that nothing can meet."""
+    found = [(i, p) for i, stage in enumerate(scenario.phases or ()) for p in _protections(stage.strategy)]
+    if scenario.strategy is not None:
+        found += [(-1, p) for p in _protections(scenario.strategy)]
+    open_ = [i for i, p in found if p.noise is None]
+    if open_ and scenario.privacy.target_epsilon is None:
+        where = "strategy" if open_[0] < 0 else f"phases.{open_[0]}.strategy"
+        yield ScenarioError(where, "its `noise` is left open; set it, or set privacy.target_epsilon, which solves for it")
+    for field_ in ("target_epsilon", "budget"):
+        if getattr(scenario.privacy, field_) is not None and not found:
+            reason = "clipping or noise without a bounded sensitivity has no epsilon; take local: dp-sgd or dp-adam, or the strategy dp"
+            yield ScenarioError(f"privacy.{field_}", f"nothing in this scenario protects examples or clients: {reason}")
+    if scenario.privacy.target_epsilon is not None and found and not open_:
+        yield ScenarioError("privacy.target_epsilon", "solves for `noise`, but every `noise` is given; set those to null, or use `budget`")
+
+
+def _protections(strategy: Strategy) -> list[Protection]:
+    return [p for p in (strategy.protects(), strategy.local.protects()) if p is not None]
 
 
 def load_plugins() -> None:

@@ -58,7 +58,7 @@ def train(scenario: Scenario, world: World, folder: Folder, quiet: bool = False,
         with interruptible("round") as interrupted, closing(experiment.train(scenario, world, folder)) as trained:
             for row in tracked(trained, scenario, folder.path):
                 display.show(row)
-                if interrupted() and row["round"] < rounds:
+                if interrupted() and row["round"] < rounds and "stopped" not in row:
                     break
     except KeyboardInterrupt:
         print(f"\nDropped the round in hand. Go on with:\n  fedsim run --resume {folder.path}", file=sys.stderr)
@@ -66,7 +66,7 @@ def train(scenario: Scenario, world: World, folder: Folder, quiet: bool = False,
     finally:
         display.close()
         folder.unlock()
-    if row.get("round", rounds) < rounds:
+    if row.get("round", rounds) < rounds and not folder.finished:
         print(f"\nInterrupted after round {row['round']} of {rounds}. Go on with:\n  fedsim run --resume {folder.path}", file=sys.stderr)
         return INTERRUPTED
     return 0

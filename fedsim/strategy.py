@@ -34,6 +34,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from fedsim.params import Params
+from fedsim.privacy import Protection
 from fedsim.problem import Problem
 from fedsim.registry import Kind
 from fedsim.rng import Key
@@ -106,6 +107,18 @@ class LocalProgram(Kind, ABC):
     def finish(self, problem: Problem, message: Any, carry: Any, n: Tensor) -> Reply:
         """The reply after the last step; `n` is the client's number of examples, a scalar."""
 
+    def chances(self, sizes: np.ndarray) -> np.ndarray | None:
+        """Poisson sampling: the chance with which each example of a client is in a step, for clients of `sizes` `[C]`; `[C]` float64.
+
+        None (the default) means shuffled epochs. With it, `batch_size` is only what is expected, and a step may be empty: its batch then
+        has no examples, or a mask that is all zero.
+        """
+        return None
+
+    def protects(self) -> Protection | None:
+        """What protects each example in a reply, on its own and whatever the server does with it. Default: nothing does."""
+        return None
+
     def draws(self, problem: Problem, batch: int) -> dict[str, Draw]:
         """Random numbers that one step needs, by name. Default: what the network needs (dropout)."""
         return problem.draws(batch)
@@ -121,6 +134,7 @@ class Strategy(Kind, ABC):
     paces: ClassVar[frozenset[str]] = frozenset({"sync", "buffered", "deadline"})
     sends: ClassVar[type] = Params  # the type of message in its jobs
     recalls: ClassVar[bool] = False  # whether `server` is told the message that each client began with (`updates.started`)
+    asks: ClassVar[bool] = True  # whether clients' data are used at all
     personal: ClassVar[bool] = False  # whether `deploy` gives each client a model of its own
     local: LocalProgram
 
@@ -149,6 +163,10 @@ class Strategy(Kind, ABC):
         """What a client runs, and what is evaluated. Default: the server's model."""
         return state.w
 
+    def protects(self) -> Protection | None:
+        """What protects each client in the state. Default: nothing does."""
+        return None
+
     def report(self, problem: Problem, before: Any, state: Any, arrivals: Arrivals) -> Report:
         """What is to be said of the round that turned `before` into `state`. Default: nothing.
 
@@ -165,6 +183,11 @@ class WeightedStrategy(Strategy, ABC):
     its own row of `arrivals` and on the state, not on who else arrived: a client may still be lost or rejected, and is then left out of
     `total`. Normalise in `apply`, by `total.weight` or by a constant.
     """
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every arrival weighs 1 and `apply` sees the updates through `total` alone: then one client moves it by its own update."""
+        return False
 
     @abstractmethod
     def weigh(self, problem: Problem, state: Any, arrivals: Arrivals) -> Tensor:

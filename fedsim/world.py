@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,11 +17,12 @@ from fedsim.conformal import ConformalStrategy
 from fedsim.data import Federation, count_steps
 from fedsim.errors import ScenarioError
 from fedsim.fleet import Full, Uniform
-from fedsim.models import realise
+from fedsim.ledger import Ledger, open_ledger
+from fedsim.models import Adapt, Fitted, realise, trained, vmappable
 from fedsim.pace import Buffered, Sync
 from fedsim.params import Params
 from fedsim.problem import Classification, Inputs, Network, Problem
-from fedsim.scenario import Scenario
+from fedsim.scenario import Phase, Scenario
 from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
 from fedsim.sim.footprint import footprint
 from fedsim.sim.port import default_chunk
@@ -34,6 +36,9 @@ LONG = 30.0
 WORKER = 500 << 20
 """Bytes that a worker takes up before it trains: the interpreter, PyTorch, and on a GPU its context."""
 
+ADAPTERS = 1
+"""Folded after the model's key, for initial adapters."""
+
 PER_GPU = 4
 """Workers that share a GPU at most."""
 
@@ -46,9 +51,12 @@ class World:
         data: the federation, on the device and in the type of the engine.
         labels: training examples of each client and class, `[N, K]`, where there are classes.
         problem: what is learned.
-        w: the initial model.
+        w: what the first phase trains, at the start: the model, or its adapters.
+        whole: all parameters at the start, adapters included.
+        ledger: the phases, with their noise, and the account of what they spend.
         mode: how chunks are executed.
         seconds: about how long all training would take on one core; for planning, no result depends on it.
+        adapt: the adapters, or None.
         workers: Ray workers that the run gets; 0 = none, it stays in this process. No result depends on it either.
     """
 
@@ -56,6 +64,9 @@ class World:
     labels: np.ndarray | None
     problem: Problem
     w: Params
+    whole: Params
+    ledger: Ledger
+    adapt: Adapt | None
     mode: Mode
     seconds: float = 0.0
     workers: int = 0
@@ -64,6 +75,36 @@ class World:
     def device(self) -> str:
         """cpu or cuda."""
         return str(self.problem.version.device.type)
+
+    def enter(self, stage: Phase, before: Params | None) -> tuple[Params | None, Params]:
+        """What a phase has frozen, and what it trains at first, from the model that the phase before it left (None: it is the first)."""
+        network = self.problem.network
+        if self.adapt is None:
+            return before, self.whole if before is None else before
+        whole = self.whole if before is None else self.whole | before
+        if stage.adapt:
+            if before is None or not network.adapters.keys() <= before.keys():
+                whole = self.adapt.begin(network.module, whole)
+            return whole, trained(network.adapters, whole)
+        dense = self.adapt.merged(network.module, whole)
+        return None if before is None else dense, dense
+
+    def leave(self, stage: Phase, frozen: Params | None, deployed: Params) -> Params:
+        """The model that a phase leaves, from what it deployed."""
+        return frozen | deployed if self.adapt is not None and stage.adapt and frozen is not None else deployed
+
+    def final(self, model: Params) -> Params:
+        """The model that a run ends with: adapters merged or kept, as the scenario says."""
+        network = self.problem.network
+        if self.adapt is not None and self.adapt.merge and network.adapters.keys() <= model.keys():
+            return self.adapt.merged(network.module, model)
+        return model
+
+    def export(self, model: Params, folder: Path) -> None:
+        """Write the adapters that a run ends with, where they are kept."""
+        network = self.problem.network
+        if self.adapt is not None and not self.adapt.merge and network.adapters.keys() <= model.keys():
+            self.adapt.export(folder, network.module, model)
 
     def trainer(self, compile: bool = False) -> Trainer:
         """What trains and evaluates, in this process or on a worker."""
@@ -81,21 +122,32 @@ def build(scenario: Scenario) -> World:
     data = replace(data, x=x, y=y, test_x=test_x, test_y=test_y)
     key = rng.fold(scenario.seed, rng.MODEL)
     vocabulary = len(data.vocabulary) or None
+    adapter = scenario.model.adapt
     module, w, draws = realise(scenario.model, data.input_shape, data.x.dtype, data.task.outputs, vocabulary, key, data.task)
+    fitted = Fitted(w, (), draws)
+    if adapter is not None:
+        zeros = torch.zeros((2, *data.input_shape), dtype=data.x.dtype)
+        fitted = adapter.fit(module, w, zeros, rng.fold(key, ADAPTERS))
     module = module.to(device=device, dtype=dtype)
-    w = w.to(device, dtype)
+    whole = fitted.whole.to(device, dtype)
     proxy = None if data.proxy is None else Batch(_cast(data.proxy.x, device, dtype), _cast(data.proxy.y, device, dtype))
     version = torch.zeros((), device=device, dtype=torch.promote_types(dtype, torch.float32))
     calibration = torch.from_numpy(data.calibration.sizes.astype(np.float32)) if scenario.data.calibration else None
-    problem = Problem(Network(module), data.task, data.sizes, draws, proxy, calibration, version=version, inputs=Inputs.of(x))
-    mode = choose_mode(module, w.size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
-    return adapt(World(data, labels, problem, w, mode), scenario)
+    network = Network(module, fitted.shapes)
+    problem = Problem(network, data.task, data.sizes, fitted.draws, proxy, calibration, version=version, inputs=Inputs.of(x))
+    size = problem.size if adapter is None else sum(whole[name].numel() for name in fitted.trained)
+    mode = choose_mode(module, size, device) if scenario.engine.mode == "auto" else scenario.engine.mode
+    ledger = Ledger(scenario.stages(), scenario.privacy, data.train.sizes, None, ())  # until `adapt` opens it
+    return adapt(World(data, labels, problem, whole, whole, ledger, adapter, mode), scenario)
 
 
 def adapt(world: World, scenario: Scenario) -> World:
     """The world of a scenario that has the same data, model, seed and engine as this one's: nothing is loaded again."""
     rates = _rates(scenario, world.data.clients, world.labels)
-    for i, stage in enumerate(scenario.stages()):
+    ledger = open_ledger(scenario, world.data.train.sizes)
+    for i, stage in enumerate(ledger.stages):
+        if stage.strategy.local.protects() is not None and not vmappable(world.problem.network.module):
+            raise ScenarioError("model", "recurrent layers give no gradient for each example, which the program clips; take a transformer")
         if "rates" in stage.strategy.needs and rates is None:
             where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
             raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
@@ -110,8 +162,9 @@ def adapt(world: World, scenario: Scenario) -> World:
         raise ScenarioError("pace.buffer", few)
     if scenario.evaluate.classes and not isinstance(world.data.task, Classification):
         raise ScenarioError("evaluate.classes", f"only a classification has classes, and this task is {type(world.data.task).__name__}")
-    world = replace(world, problem=replace(world.problem, rates=rates))
-    world = replace(world, seconds=_estimate(scenario, world.data, world.labels, world.problem, world.w))
+    frozen, w = world.enter(ledger.stages[0], None)
+    world = replace(world, problem=replace(world.problem, rates=rates, frozen=frozen), ledger=ledger, w=w)
+    world = replace(world, seconds=_estimate(scenario, world))
     return replace(world, workers=_count_workers(scenario, world))
 
 
@@ -134,14 +187,19 @@ def _count_workers(scenario: Scenario, world: World) -> int:
 
 def _chunk_bytes(scenario: Scenario, world: World) -> int:
     """What the largest clients take up while they train as one chunk, measured."""
-    strategy, key = scenario.stages()[0].strategy, rng.fold(scenario.seed, rng.FLEET)
+    stage, key = next((stage for stage in world.ledger.stages if stage.strategy.asks), None), rng.fold(scenario.seed, rng.FLEET)
+    if stage is None:
+        return 0
+    strategy = stage.strategy
+    frozen, w = world.enter(stage, None)
+    problem = replace(world.problem, frozen=frozen)
     sizes = world.data.sizes.numpy()
     count = min(len(sizes), _chunk_size(scenario, world))
     largest = np.sort(np.argsort(-sizes, kind="stable")[:count])
-    (job, *_) = strategy.plan(world.problem, strategy.init(world.problem, world.w), largest, key)
+    (job, *_) = strategy.plan(problem, strategy.init(problem, w), largest, key)
     ids = order(job.program, sizes, job.ids)
-    memory = stack([strategy.memory(world.problem, world.w)] * len(ids))
-    return footprint(world.trainer(), job.program, job.message, Chunk(ids, 0, key, memory, None))
+    memory = stack([strategy.memory(problem, w)] * len(ids))
+    return footprint(replace(world.trainer(), problem=problem), job.program, job.message, Chunk(ids, 0, key, memory, None))
 
 
 def _chunk_size(scenario: Scenario, world: World) -> int:
@@ -179,20 +237,21 @@ def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tenso
     return torch.from_numpy(rates.astype(np.float32))
 
 
-def _estimate(scenario: Scenario, data: Federation, labels: np.ndarray | None, problem: Problem, w: Params) -> float:
+def _estimate(scenario: Scenario, world: World) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
+    data, labels = world.data, world.labels
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        problem.output(w, data.x[:1])
+        world.problem.output(world.w, data.x[:1])
     flops = float(counter.get_total_flops())
     sizes = data.sizes.numpy()
     seconds = 0.0
-    for stage in scenario.stages():
+    for stage in world.ledger.stages:
         program = stage.strategy.local
         steps = float(count_steps(program, sizes).mean()) * len(program.passes)
         batch = min(program.batch_size or math.inf, float(sizes.mean()))
         each = steps * (3 * flops * batch / 5e9 + 3e-4)  # 5 GFLOP/s and 0.3 ms a step: a slow core
-        seconds += stage.rounds * expected_cohort(scenario, data.clients, labels) * each
+        seconds += stage.rounds * stage.strategy.asks * expected_cohort(scenario, data.clients, labels) * each
     return seconds
 
 

@@ -55,7 +55,7 @@ from fedsim.conformal import (
 )
 from fedsim.local import InverseSqrt, Schedule
 from fedsim.params import Params
-from fedsim.privacy import epsilon, noise_for
+from fedsim.privacy import gaussian_epsilon, gaussian_noise
 from fedsim.problem import Problem
 from fedsim.registry import register
 from fedsim.rng import Key
@@ -233,7 +233,7 @@ class Conformal(ConformalStrategy):
         """(z_c, z_g), the noise multipliers of the counts and of one gradient; zeros without privacy."""
         if self.epsilon is None or self.iterations is None:
             return 0.0, 0.0
-        z = noise_for(self.epsilon, self.delta)
+        z = gaussian_noise(self.epsilon, self.delta)
         return z / math.sqrt(self.count_share), z * math.sqrt(self.iterations * self.local.steps / (1 - self.count_share))
 
     def weights(self, state: Quantiles) -> tuple[Tensor, Tensor]:
@@ -299,7 +299,7 @@ class Conformal(ConformalStrategy):
         said: dict[str, Any] = {"threshold": float(q[q.isfinite()].mean()), "full_sets": float(q.isinf().all(1).double().mean())}
         said["lacking_classes"] = float(self.weights(state)[1].any(0).sum())
         if self.epsilon is not None:
-            said["privacy.epsilon"] = epsilon([(z_c, 1), (z_g, int(state.t) * self.local.steps)], self.delta)
+            said["privacy.epsilon"] = gaussian_epsilon([(z_c, 1), (z_g, int(state.t) * self.local.steps)], self.delta)
         if int(state.t) > int(before.t):
             said["weight"] = self.shares(problem, before, arrivals).mean((1, 2))
         return said

@@ -46,6 +46,10 @@ class FedAvg(WeightedStrategy):
     def init(self, problem: Problem, w: Params) -> ModelState:
         return ModelState(w)
 
+    @property
+    def uniform(self) -> bool:
+        return self.weights != "samples"
+
     def weigh(self, problem: Problem, state: ModelState, arrivals: Arrivals) -> Tensor:
         return client_weights("samples" if self.weights == "samples" else "uniform", arrivals, self.staleness)  # [C]
 

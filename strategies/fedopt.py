@@ -82,6 +82,10 @@ class FedAvgM(WeightedStrategy):
     def init(self, problem: Problem, w: Params) -> Momentum:
         return Momentum(w, w.zeros())
 
+    @property
+    def uniform(self) -> bool:
+        return self.weights == "uniform"
+
     def weigh(self, problem: Problem, state: Momentum, arrivals: Arrivals) -> Tensor:
         return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
@@ -104,6 +108,10 @@ class FedAdagrad(WeightedStrategy):
 
     def init(self, problem: Problem, w: Params) -> Moments:
         return start(w, self.tau)
+
+    @property
+    def uniform(self) -> bool:
+        return self.weights == "uniform"
 
     def weigh(self, problem: Problem, state: Moments, arrivals: Arrivals) -> Tensor:
         return client_weights(self.weights, arrivals, self.staleness)  # [C]
@@ -128,6 +136,10 @@ class FedAdam(WeightedStrategy):
     def init(self, problem: Problem, w: Params) -> Moments:
         return start(w, self.tau)
 
+    @property
+    def uniform(self) -> bool:
+        return self.weights == "uniform"
+
     def weigh(self, problem: Problem, state: Moments, arrivals: Arrivals) -> Tensor:
         return client_weights(self.weights, arrivals, self.staleness)  # [C]
 
@@ -150,6 +162,10 @@ class FedYogi(WeightedStrategy):
 
     def init(self, problem: Problem, w: Params) -> Moments:
         return start(w, self.tau)
+
+    @property
+    def uniform(self) -> bool:
+        return self.weights == "uniform"
 
     def weigh(self, problem: Problem, state: Moments, arrivals: Arrivals) -> Tensor:
         return client_weights(self.weights, arrivals, self.staleness)  # [C]

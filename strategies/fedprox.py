@@ -49,6 +49,10 @@ class FedProx(WeightedStrategy):
         program: Any = self.local
         return [Job(ids, state.w, replace(program, proximal=self.mu))]
 
+    @property
+    def uniform(self) -> bool:
+        return self.weights == "uniform"
+
     def weigh(self, problem: Problem, state: ModelState, arrivals: Arrivals) -> Tensor:
         return client_weights(self.weights, arrivals, self.staleness)  # [C]
 

@@ -34,7 +34,7 @@ from fedsim.conformal import (
 from fedsim.data import Lists
 from fedsim.local import Constant, Exponential
 from fedsim.params import Params
-from fedsim.privacy import epsilon, noise_for
+from fedsim.privacy import gaussian_epsilon, gaussian_noise
 from fedsim.problem import Classification, Network, Problem
 from fedsim.registry import lookup
 from fedsim.scenario import load_plugins
@@ -373,13 +373,13 @@ def closed_form(mu: float, delta: float) -> float:
 
 
 def test_accounting_is_that_of_gaussians():
-    assert epsilon([(2.0, 1), (30.0, 100)], 1e-5) == pytest.approx(closed_form(math.sqrt(1 / 4 + 100 / 900), 1e-5), rel=1e-4)
+    assert gaussian_epsilon([(2.0, 1), (30.0, 100)], 1e-5) == pytest.approx(closed_form(math.sqrt(1 / 4 + 100 / 900), 1e-5), rel=1e-4)
     composed = PLDAccountant().compose(GaussianDpEvent(2.0)).compose(SelfComposedDpEvent(GaussianDpEvent(30.0), 100))
-    assert epsilon([(2.0, 1), (30.0, 100)], 1e-5) == pytest.approx(composed.get_epsilon(1e-5), rel=1e-3)
-    assert epsilon([(2.0, 0)], 1e-5) == 0
-    z = noise_for(2.0, 1e-5)
+    assert gaussian_epsilon([(2.0, 1), (30.0, 100)], 1e-5) == pytest.approx(composed.get_epsilon(1e-5), rel=1e-3)
+    assert gaussian_epsilon([(2.0, 0)], 1e-5) == 0
+    z = gaussian_noise(2.0, 1e-5)
     assert closed_form(1 / z, 1e-5) == pytest.approx(2.0, rel=1e-4)
-    assert epsilon([(z, 1)], 1e-5) <= 2.0 + 1e-9
+    assert gaussian_epsilon([(z, 1)], 1e-5) <= 2.0 + 1e-9
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(1.0, 1), (8.0, 3)])

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import beta, binom
 
 from fedsim.conformal import importance, slope, weighted_quantile
-from fedsim.privacy import noise_for
+from fedsim.privacy import gaussian_noise
 from strategies.conformal import Conformal, infinite, masses
 
 REPETITIONS, CLIENTS, EXAMPLES, ALPHA = 1000, 20, 1000, 0.1
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     print(f"{LOW:.0f} to {HIGH:.0f} of {REPETITIONS} hits are within the noise of {1 - ALPHA:g} (99 %)")
     rows = {"weighted": exactly(*data, weighted=True), "unweighted": exactly(*data, weighted=False)}
     for budget in (None, 8.0, 4.0, 2.0, 1.0):
-        label = "no noise" if budget is None else f"epsilon {budget:g} (noise {noise_for(budget, 1e-5):.2f})"
+        label = "no noise" if budget is None else f"epsilon {budget:g} (noise {gaussian_noise(budget, 1e-5):.2f})"
         rows[f"DP-FedCP, {label}"] = privately(*data, budget)
     for name, q in rows.items():
         outcome = judge(q)

@@ -92,6 +92,12 @@ STRATEGIES = {
     "fedlaw quad sgd": Case(strategy("fedlaw", local=LOCAL, form="quad", optimiser="sgd")),
     "fedlaw swa": Case(strategy("fedlaw", local=LOCAL, order="lambda-then-gamma", swa=True), rounds=60, within=2e-2),
     "server-finetune": Case(strategy("server-finetune", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
+    "dp": Case(strategy("dp", inner=strategy("fedavg", local=LOCAL, weights="uniform"), noise=1e-9, clip=10.0)),
+    "dp adaptive": Case(
+        strategy("dp", inner=strategy("fedavgm", local=LOCAL, weights="uniform", server_lr=0.5, beta=0.5), noise=1e-9, quantile=0.9),
+        rounds=200,
+    ),
+    "dp-lora": Case(strategy("dp-lora", local=LOCAL)),  # without adapters it is an average; tests/test_dp_lora.py has the rest
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "unstale": Case(strategy("unstale", inner=strategy("fedavg", local=LOCAL), examples=4, iterations=3)),
     "dc-asgd": Case(strategy("dc-asgd", inner=strategy("fedavg", local=LOCAL))),
@@ -117,7 +123,7 @@ every_strategy = pytest.mark.parametrize(("case", "pace"), ROWS)
 
 
 def test_every_registered_strategy_has_a_row_and_every_row_a_pace():
-    ours = {name for name, cls in Strategy.choices.items() if cls.__module__.startswith("strategies.")}
+    ours = {name for name, cls in Strategy.choices.items() if cls.__module__.startswith("strategies.") and cls.asks}
     assert {type(case.strategy).registered_name for case in STRATEGIES.values()} == ours
     assert len(ROWS) == sum(len(case.strategy.paces) for case in STRATEGIES.values())
     assert set(Pace.choices) == set(PACES)

@@ -537,6 +537,9 @@ class Program:
     steps: int | None = None
     batch_size: int | None = 4
 
+    def chances(self, sizes):
+        return None
+
 
 def lists_of(sizes):
     offset = np.concatenate([[0], np.cumsum(sizes)])

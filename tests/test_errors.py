@@ -103,7 +103,7 @@ FIELDS = [
     broken(
         "program of another strategy",
         edit(15, "  local: scaffold-sgd"),
-        (15, "strategy.local", "scaffold-sgd does not run under fedavg; these do: adam, sgd"),
+        (15, "strategy.local", "scaffold-sgd does not run under fedavg; these do: adam, dp-adam, dp-lora-batch, dp-sgd, sgd"),
     ),
     broken("more epochs than memory", edit(15, "  local: {name: sgd, epochs: 900000000000}"), (15, "strategy.local.epochs", "1000000")),
     broken("model that is too large", edit(9, "model: {name: mlp, hidden: [100000000000]}"), (9, "model", "cannot be built")),

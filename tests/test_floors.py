@@ -9,13 +9,26 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms by floor. Files of floor 0, 1, 2 and 5 are one room each floor: they may use each other.
 FLOORS = [
-    {"errors", "params", "registry", "rng", "steps", "table", "tree", "types"},
-    {"problem", "staleness", "strategy", "local", "intervals", "proxy", "privacy", "wrapper", "inversion", "conformal"},
+    {"entropy", "errors", "params", "registry", "rng", "steps", "table", "tree", "types"},
+    {
+        "problem",
+        "staleness",
+        "strategy",
+        "local",
+        "intervals",
+        "proxy",
+        "privacy",
+        "wrapper",
+        "inversion",
+        "conformal",
+        "lowrank",
+        "private",
+    },
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "flower", "audit"},
     {"document", "scenario", "world", "manifest", "experiment", "folder", "console", "overview"}
-    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers"},
+    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers", "ledger"},
     {"cli"},
 ]
 ONE_ROOM = {0, 1, 2, 5}

@@ -120,8 +120,8 @@ def close(a: Params, b: Params) -> None:
 
 
 def test_every_model_has_a_row() -> None:
-    assert len(Model.choices) == 13
-    assert {row.name for row in ROWS} == set(Model.choices)
+    assert len(Model.choices) == 14
+    assert {row.name for row in ROWS} == set(Model.choices) - {"huggingface"}  # has tests of its own, where that library is
     assert all(first_line(c).endswith(".") for c in Model.choices.values())
 
 

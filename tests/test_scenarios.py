@@ -39,6 +39,8 @@ PAPERS = [
     "fedavg-cnn",
     "fedavgm",
     "fedawe",
+    "dp",
+    "dp-lora",
     "fedbuff",
     "feddf",
     "fedlaw",
@@ -50,6 +52,7 @@ PAPERS = [
     "krum",
     "median",
     "mifa",
+    "pretrain",
     "scaffold",
     "server-finetune",
     "trimmed-mean",
@@ -102,7 +105,7 @@ def test_a_dump_writes_every_default_out() -> None:
     assert list(values)[:4] == ["name", "seed", "data", "model"]
     assert values["strategy"]["local"]["schedule"] == {"name": "constant"}
     assert values["fleet"]["participation"]["modulation"] == {"name": "none"}
-    assert values["pace"] == {"name": "sync", "cohort": None}
+    assert values["pace"] == {"name": "sync", "cohort": None, "over_selection": 0.0, "timeout": None}
     assert values["engine"]["workers"] == "auto"
     assert "phases" not in values
 

@@ -3,10 +3,11 @@
 Importing this package registers every model. `realise` builds one; `loops`, `vmappable` and `chain_of` say how clients may be executed.
 """
 
-from fedsim.models import attention, convolution, dense, python, recurrent, residual  # noqa: F401  (imported to register)
+from fedsim.models import attention, convolution, dense, huggingface, lora, python, recurrent, residual  # noqa: F401  (imported to register)
+from fedsim.models.adapt import Adapt, Fitted, trained
 from fedsim.models.chain import Link, chain_of
 from fedsim.models.dropout import Dropout
 from fedsim.models.model import Model, realise
 from fedsim.models.surgery import loops, vmappable
 
-__all__ = ["Dropout", "Link", "Model", "chain_of", "loops", "realise", "vmappable"]
+__all__ = ["Adapt", "Dropout", "Fitted", "Link", "Model", "chain_of", "loops", "realise", "trained", "vmappable"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ScenarioError
+from fedsim.models.adapt import Adapt
 from fedsim.models.dropout import draws_of, key_dropouts
 from fedsim.models.soundness import refuse_randomness_and_modes, refuse_structure
 from fedsim.params import Params
@@ -18,8 +20,9 @@ from fedsim.rng import Key
 from fedsim.types import Draw
 
 
+@dataclass(frozen=True)
 class Model(Kind, ABC):
-    """A network architecture; `build` fits it to the data.
+    """A network architecture; `build` fits it to the data. `adapt` says that few tensors are trained, and the others stay as they are.
 
     `inputs` says which inputs it reads: `image` `[ch, H, W]`, `signal` `[ch, T]`, `features` `[F]` or `tokens` `[T]`; empty: unknown.
     `per_token` says that it answers at each position `[B, T, outputs]` and not once an example `[B, outputs]`.
@@ -27,6 +30,8 @@ class Model(Kind, ABC):
 
     inputs: ClassVar[frozenset[str]] = frozenset()
     per_token: ClassVar[bool] = False
+    _: KW_ONLY
+    adapt: Adapt | None = None
 
     @abstractmethod
     def build(self, shape: tuple[int, ...], outputs: int, vocabulary: int | None) -> nn.Module:

@@ -191,7 +191,7 @@ class Trainer:
     def _feed(self, problem: Problem, program: LocalProgram, chunk: Chunk, p: int) -> Feed:
         lists = self.calibration if program.reads == "calibration" else self.lists
         assert lists is not None  # a scenario without calibration data was refused
-        work = plan(program, lists, chunk.ids, _pass_keys(chunk, p, rng.DATA))
+        work = plan(program, lists, chunk.ids, _pass_keys(chunk, p, rng.DATA), problem.entropy)
         return Feed(program, problem, self.x, self.y, work, _pass_keys(chunk, p, rng.CLIENT))
 
     def _stacked(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
+from fedsim.entropy import KEYED
 from fedsim.problem import Problem
 from fedsim.strategy import LocalProgram
 from fedsim.tree import rows
 from fedsim.types import Batch, Draws, Work
-
-_SOURCES: dict[str, Callable[..., np.ndarray]] = {"uniform": rng.uniform, "normal": rng.normal}
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,10 @@ class Feed:
 
     def _draw(self, keys: rng.Keys, s: int, batch: int) -> Draws:
         wanted = self.program.draws(self.problem, batch)
+        entropy = self.problem.entropy if self.program.protects() else KEYED
         out = {}
         for j, (name, draw) in enumerate(sorted(wanted.items())):
             step_keys = rng.fold_each(rng.fold_each(keys, np.array([s])), np.array([j]))
-            out[name] = torch.from_numpy(_SOURCES[draw.kind](step_keys, draw.shape)).to(self.x.device)
+            source = entropy.normal if draw.kind == "normal" else entropy.uniform
+            out[name] = torch.from_numpy(source(step_keys, draw.shape)).to(self.x.device)
         return out
