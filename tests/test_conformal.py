@@ -82,7 +82,7 @@ Y = RNG.integers(5, size=len(LOGITS))
         (Raps(penalty=0.1, free=1), lambda z, u: brute_aps(z, u, 0.1, 1)),
         (Raps(penalty=0.1, free=0, randomised=False), lambda z, u: brute_aps(z, 1.0, 0.1, 0)),
     ],
-    ids=repr,
+    ids=["lac", "aps", "aps not randomised", "raps", "raps not randomised"],
 )
 def test_scores_of_labels(score, brute):
     output, u, y = torch.tensor(LOGITS), torch.tensor(U), torch.tensor(Y)
