@@ -17,6 +17,8 @@ class Plan(Protocol):
     @property
     def batch_size(self) -> int | None: ...
 
+    def chances(self, sizes: np.ndarray) -> np.ndarray | None: ...
+
 
 def count_batches(program: Plan, sizes: np.ndarray) -> np.ndarray:
     """Batches in an epoch of each client, `[C]` int64: the last one may be partial."""

@@ -39,8 +39,8 @@ class Harm:
 
     def take(self, index: Any) -> Harm:
         """The chosen clients."""
-        chosen = [field[index] for field in (self.factor, self.attack, self.nan, self.bent)]
-        return Harm(*chosen, self.down, self.up, self.keys[index])
+        factor, attack, nan, bent = (field[index] for field in (self.factor, self.attack, self.nan, self.bent))
+        return Harm(factor, attack, nan, bent, self.down, self.up, self.keys[index])
 
 
 def received(message: Any, harm: Harm) -> Any:

@@ -39,21 +39,31 @@ class Kept:
     @staticmethod
     def of(parts: list[Kept]) -> Kept:
         """All parts as one."""
+        rejected, lost = (sorted(each for part in parts for each in reasons(part)) for reasons in (_rejected, _lost))
         full = [part for part in parts if len(part.ids)]
-        reasons = sorted(each for part in parts for each in part.rejected), sorted(each for part in parts for each in part.lost)
         if not full:
-            return Kept(torch.zeros(0, dtype=torch.int64), None, None, {}, *reasons, parts[0].payload_bytes)
-        ids, payload, memory, metrics = concat([(part.ids, part.payload, part.memory, part.metrics) for part in full])
-        by_id = torch.argsort(ids)
-        return Kept(*rows((ids, payload, memory, metrics), by_id), *reasons, full[0].payload_bytes)
+            return Kept(parts[0].ids[:0], None, None, {}, rejected, lost, parts[0].payload_bytes)
+        stacks = concat([(part.ids, part.payload, part.memory, part.metrics) for part in full])
+        ids, payload, memory, metrics = rows(stacks, torch.argsort(stacks[0]))
+        return Kept(ids, payload, memory, metrics, rejected, lost, full[0].payload_bytes)
 
     def take(self, ids: np.ndarray) -> Kept:
         """Those of some clients, of all who are in here."""
         wanted = set(ids.tolist())
+        rejected, lost = ([each for each in reasons(self) if each[0] in wanted] for reasons in (_rejected, _lost))
         index = torch.from_numpy(np.flatnonzero(np.isin(self.ids.numpy(), ids)))
-        some = rows((self.ids, self.payload, self.memory, self.metrics), index) if len(index) else (self.ids[:0], None, None, {})
-        reasons = [[each for each in reasons if each[0] in wanted] for reasons in (self.rejected, self.lost)]
-        return Kept(*some, *reasons, self.payload_bytes)
+        if not len(index):
+            return Kept(self.ids[:0], None, None, {}, rejected, lost, self.payload_bytes)
+        mine, payload, memory, metrics = rows((self.ids, self.payload, self.memory, self.metrics), index)
+        return Kept(mine, payload, memory, metrics, rejected, lost, self.payload_bytes)
+
+
+def _rejected(part: Kept) -> list[list[Any]]:
+    return part.rejected
+
+
+def _lost(part: Kept) -> list[list[Any]]:
+    return part.lost
 
 
 @dataclass(frozen=True)
