@@ -409,7 +409,17 @@ def test_a_study_from_the_command_line_alone(tmp_path: Path, monkeypatch: pytest
     )
 
 
-STUDIES = {"aggregation": 48, "participation": 35, "proxy": 40, "quick": 12, "robustness": 30}
+STUDIES = {
+    "aggregation": 48,
+    "asynchrony": 15,
+    "byzantine": 45,
+    "conformal_weights": 25,
+    "participation": 35,
+    "proxy": 40,
+    "quick": 12,
+    "robustness": 30,
+    "staleness": 18,
+}
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -79,7 +79,7 @@ STRATEGIES = {
     "fedbuff": Case(strategy("fedbuff", local=LOCAL), rounds=90),
     "fedbuff hinge": Case(strategy("fedbuff", local=LOCAL, staleness=lookup(Staleness, "hinge")(a=1, b=1)), rounds=90),
     "fedasync": Case(strategy("fedasync", local=LOCAL), rounds=150),
-    "weight-prediction": Case(strategy("weight-prediction", local=LOCAL), rounds=90),
+    "weight-prediction": Case(strategy("weight-prediction", local=LOCAL), rounds=120),
     "fedau": Case(strategy("fedau", local=LOCAL, cutoff=5), rounds=120),
     "known-p": Case(strategy("known-p", local=LOCAL)),
     "fedstale": Case(strategy("fedstale", local=LOCAL, beta=0.5), rounds=120),
@@ -110,7 +110,7 @@ STRATEGIES = {
     "conformal-qq": Case(conformal("conformal-qq", "send-quantile"), rounds=8, within=0.3),
     "conformal-local": Case(conformal("conformal-local", "send-quantile"), rounds=8, within=0.3),
 }
-PACES = {"sync": Sync(), "deadline": Deadline(seconds=2.0, cohort=8), "buffered": Buffered(concurrency=6, buffer=4)}
+PACES = {"sync": Sync(), "deadline": Deadline(seconds=2.0, cohort=8), "buffered": Buffered(concurrency=12, buffer=8)}
 DEVICES = Latency(compute=lookup(Spread, "lognormal")(median=0.05, sigma=0.7), jitter=0.3)
 """Devices that take about two virtual seconds for a job of 40 examples, and every so often three times as long."""
 
@@ -180,8 +180,7 @@ def same_bits(a, b) -> bool:
 
 @every_strategy
 def test_reaches_the_known_optimum(case, pace, world):
-    halved = pace.paced == "buffered"  # half the updates a round
-    state = rounds(case.strategy, world, (1 + halved) * case.rounds, pace).state
+    state = rounds(case.strategy, world, case.rounds, pace).state
     if isinstance(case.strategy, ConformalStrategy):
         return reaches_the_quantile(case, state, world)
     w = state.w
