@@ -169,6 +169,9 @@ class Sgd(LocalProgram):
     def finish(self, problem: Problem, message: Params, carry: Learner, n: Tensor) -> Reply:
         return _reply(message, carry)
 
+    def ages(self) -> bool:
+        return type(self) is not Sgd or self.schedule != Constant()
+
     def descent(self, problem: Problem) -> Descent | None:
         if self.clip is not None or (self.nesterov and self.momentum) or type(self).step is not Sgd.step:
             return None
@@ -225,3 +228,6 @@ class Adam(LocalProgram):
 
     def finish(self, problem: Problem, message: Params, carry: Learner, n: Tensor) -> Reply:
         return _reply(message, carry)
+
+    def ages(self) -> bool:
+        return type(self) is not Adam or self.schedule != Constant()

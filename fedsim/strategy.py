@@ -123,6 +123,10 @@ class LocalProgram(Kind, ABC):
         """Random numbers that one step needs, by name. Default: what the network needs (dropout)."""
         return problem.draws(batch)
 
+    def ages(self) -> bool:
+        """Whether it reads `problem.version`. Where it does not, jobs of several rounds may train together. Default: it may."""
+        return True
+
     def descent(self, problem: Problem) -> Descent | None:
         """The constants of `step` where it is plain gradient descent: the platform then does the same in place, several times faster."""
         return None

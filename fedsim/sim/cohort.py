@@ -63,19 +63,37 @@ class Chunk:
 
     Attributes:
         ids: `[C]` int64.
-        version: of the model they received.
-        key: the round's client key.
+        version: of the model they received; the newest, where it does not matter to the program.
+        key: the round's client key, or one for each client `[C]`.
         memory: their device memories, stacked.
         weight: what each payload counts in the sum `[C]`, or None to keep the payloads apart.
         harm: what befalls messages and payloads on their way, or None.
+        which: the message of each client `[C]`, of several that are stacked; None where all received the same.
     """
 
     ids: np.ndarray
     version: int
-    key: rng.Key
+    key: rng.Key | rng.Keys
     memory: Any
     weight: Tensor | None
     harm: Harm | None = None
+    which: np.ndarray | None = None
+
+    def messages(self, sent: Any) -> Any | None:
+        """What each client begins with, stacked `[C, ...]`; None where that is simply what was sent."""
+        noisy = self.harm is not None and self.harm.down > 0
+        if self.which is None and not noisy:
+            return None
+        of = np.zeros(len(self.ids), dtype=np.int64) if self.which is None else self.which
+        copies = rows(sent if self.which is not None else tree_map(lambda leaf: leaf[None], sent), torch.from_numpy(of))
+        return received(copies, self.harm) if self.harm is not None and noisy else copies
+
+    def single(self, c: int) -> Chunk:
+        """Client `c` alone."""
+        key = self.key if isinstance(self.key, int) else self.key[c : c + 1]
+        weight = None if self.weight is None else self.weight[c : c + 1]
+        harm, which = self.harm and self.harm.take([c]), None if self.which is None else self.which[c : c + 1]
+        return Chunk(self.ids[c : c + 1], self.version, key, rows(self.memory, slice(c, c + 1)), weight, harm, which)
 
 
 @record
@@ -195,9 +213,9 @@ class Trainer:
         return Feed(program, problem, self.x, self.y, work, _pass_keys(chunk, p, rng.CLIENT))
 
     def _stacked(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
-        apart = chunk.harm is not None and chunk.harm.down > 0
-        begins = received(message, chunk.harm) if apart else message  # type: ignore[arg-type]
-        reply, parts = self._stack_in_parts(problem, program, begins, chunk.memory, feeds, apart)
+        own = chunk.messages(message)
+        begins = message if own is None else own
+        reply, parts = self._stack_in_parts(problem, program, begins, chunk.memory, feeds, own is not None)
         return replace(_sum_up(reply, chunk, feeds), parts=parts)
 
     def _stack_in_parts(
@@ -237,10 +255,10 @@ class Trainer:
 
     def _one_by_one(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
         replies = _Replies(chunk)
-        noisy = chunk.harm if chunk.harm is not None and chunk.harm.down > 0 else None
-        plain = None if noisy else tree_map(_channels_last, message)
+        plain = tree_map(_channels_last, message)
         for c in range(len(chunk.ids)):
-            begins = tree_map(_channels_last, rows(received(message, noisy.take([c])), 0)) if noisy else plain
+            own = chunk.single(c).messages(message)
+            begins = plain if own is None else tree_map(_channels_last, rows(own, 0))
             replies.take(c, self._single(problem, program, begins, rows(chunk.memory, c), feeds, c))
         return replies.sum_up(feeds)
 

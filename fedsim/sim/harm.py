@@ -1,10 +1,11 @@
 """What happens to messages and payloads on their way: a noisy channel, clients that send something else, updates that arrive broken.
 
-Drawn by key for each client, so it does not depend on how clients are grouped.
+Drawn by key for each client and round, so it does not depend on how clients are grouped.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
+from fedsim.fleet import Fates, Fleet
 from fedsim.tree import misfit, record, rows, tree_leaves, tree_map
 
 _DOWN, _UP, _ATTACK = range(3)
+
+# What is drawn of the port's key, folded after it.
+_BYZANTINE, _FATES, _HARM = range(12, 15)
 
 
 @record
@@ -43,11 +48,53 @@ class Harm:
         return Harm(factor, attack, nan, bent, self.down, self.up, self.keys[index])
 
 
-def received(message: Any, harm: Harm) -> Any:
-    """The message as each client receives it, stacked `[C, ...]`."""
-    count = len(harm.keys)
-    copies = tree_map(lambda leaf: leaf.expand(count, *leaf.shape), message)
-    return _noisy(copies, torch.full((count,), harm.down), harm.keys, _DOWN)
+@dataclass(frozen=True)
+class Mishaps:
+    """What befalls the jobs of a fleet.
+
+    Attributes:
+        fleet: how often, and of what kind.
+        byzantine: who attacks, `[N]` bool.
+        key: the port's.
+    """
+
+    fleet: Fleet
+    byzantine: np.ndarray
+    key: rng.Key
+
+    @staticmethod
+    def of(fleet: Fleet, clients: int, key: rng.Key) -> Mishaps:
+        attack = fleet.faults.byzantine
+        who = attack.draw(clients, rng.fold(key, _BYZANTINE)) if attack else np.zeros(clients, dtype=bool)
+        return Mishaps(fleet, who, key)
+
+    def fates(self, ids: np.ndarray, t: np.ndarray) -> Fates:
+        """How jobs end that clients were given in rounds `t`. `[C], [C] -> [C]`."""
+        channel = self.fleet.channel
+        return self.fleet.faults.draw(self._keys(_FATES, ids, t), channel.down.erasure, channel.up.erasure)
+
+    def harm(self, ids: np.ndarray, t: np.ndarray) -> Harm | None:
+        """What befalls the messages of such jobs; None where nothing can."""
+        faults, channel = self.fleet.faults, self.fleet.channel
+        attack = faults.byzantine
+        if not (attack or faults.corrupt.nan or faults.corrupt.shape or channel.down.noise or channel.up.noise):
+            return None
+        fates, bad = self.fates(ids, t), torch.from_numpy(self.byzantine[ids])
+        factor, noise = torch.ones(len(ids)), torch.zeros(len(ids))
+        if attack and attack.attack == "noise":
+            noise[bad] = attack.strength
+        elif attack:
+            factor[bad] = attack.strength * (-1 if attack.attack == "sign-flip" else 1)
+        broken = torch.from_numpy(fates.nan), torch.from_numpy(fates.bent)
+        return Harm(factor, noise, *broken, channel.down.noise, channel.up.noise, self._keys(_HARM, ids, t))
+
+    def _keys(self, purpose: int, ids: np.ndarray, t: np.ndarray) -> rng.Keys:
+        return rng.fold_each(rng.fold_each(rng.fold(self.key, purpose), t), ids)
+
+
+def received(copies: Any, harm: Harm) -> Any:
+    """Messages `[C, ...]` as each client receives them."""
+    return _noisy(copies, torch.full((len(harm.keys),), harm.down), harm.keys, _DOWN)
 
 
 def sent(payload: Any, harm: Harm) -> Any:

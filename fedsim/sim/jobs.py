@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fedsim.registry import dump, restore
-from fedsim.rng import Key
+from fedsim.rng import Key, Keys
 from fedsim.strategy import LocalProgram
-from fedsim.tree import concat, record, rows, tree_leaves
+from fedsim.tree import concat, record, rows, stack, tree_leaves
 from fedsim.types import Job
 
 
@@ -21,7 +23,7 @@ class Kept:
     """Updates that are trained and wait for their time. A = clients whose update will be accepted.
 
     Attributes:
-        ids: whose they are, `[A]` int64, sorted.
+        ids: whose they are, `[A]` int64.
         payload, memory: stacked `[A, ...]`, or None where A = 0.
         metrics: of each, `{name: (value [A], weight [A])}`.
         rejected, lost: `[id, reason]` of the others.
@@ -43,15 +45,17 @@ class Kept:
         full = [part for part in parts if len(part.ids)]
         if not full:
             return Kept(parts[0].ids[:0], None, None, {}, rejected, lost, parts[0].payload_bytes)
-        stacks = concat([(part.ids, part.payload, part.memory, part.metrics) for part in full])
-        ids, payload, memory, metrics = rows(stacks, torch.argsort(stacks[0]))
+        ids, payload, memory, metrics = concat([(part.ids, part.payload, part.memory, part.metrics) for part in full])
         return Kept(ids, payload, memory, metrics, rejected, lost, full[0].payload_bytes)
 
     def take(self, ids: np.ndarray) -> Kept:
-        """Those of some clients, of all who are in here."""
+        """Those of some clients, sorted."""
+        if not (self.rejected or self.lost) and np.array_equal(ids, self.ids):
+            return self
         wanted = set(ids.tolist())
         rejected, lost = ([each for each in reasons(self) if each[0] in wanted] for reasons in (_rejected, _lost))
         index = torch.from_numpy(np.flatnonzero(np.isin(self.ids.numpy(), ids)))
+        index = index[torch.argsort(self.ids[index])]
         if not len(index):
             return Kept(self.ids[:0], None, None, {}, rejected, lost, self.payload_bytes)
         mine, payload, memory, metrics = rows((self.ids, self.payload, self.memory, self.metrics), index)
@@ -68,7 +72,7 @@ def _lost(part: Kept) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class Group:
-    """Jobs of one round that differ in nothing but their clients. They train together, when the first of them is due.
+    """Jobs of one round that differ in nothing but their clients.
 
     Attributes:
         program, message: what was asked.
@@ -95,6 +99,16 @@ class Group:
         mine, its = tree_leaves(self.message), tree_leaves(job.message)
         return same and len(mine) == len(its) and all(a is b for a, b in zip(mine, its, strict=True))
 
+    def without(self, ids: np.ndarray) -> Group:
+        """With some of its updates no longer to be trained."""
+        return replace(self, ids=np.setdiff1d(self.ids, ids))
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for groups that may train together: one program, messages of one form, and of one version where the program ages."""
+        form = tuple((leaf.shape, leaf.dtype) for leaf in tree_leaves(self.message))
+        return self.program, form, self.version if self.program.ages() else None
+
     def joined(self, ids: np.ndarray, ahead: int) -> Group:
         """With more clients, `ids` of which will arrive."""
         return replace(self, ids=np.union1d(self.ids, ids), ahead=self.ahead + ahead)
@@ -108,3 +122,100 @@ class Group:
     def load(saved: dict[str, Any]) -> Group:
         """Inverse of `save`."""
         return Group(**saved | {"program": restore(LocalProgram, saved["program"]), "ids": saved["ids"].numpy()})
+
+
+@dataclass(frozen=True)
+class Team:
+    """Jobs that may train together: of one round, or of several. C of them, of G groups.
+
+    Attributes:
+        groups: what they belong to, by number, ascending.
+        ids: whose they are, `[C]`. A client has one job at a time.
+        number: of the group of each, `[C]`.
+    """
+
+    groups: dict[int, Group]
+    ids: np.ndarray
+    number: np.ndarray
+
+    @staticmethod
+    def of(groups: dict[int, Group]) -> Team:
+        """All jobs that are to be trained of some groups of one kind, sorted by client."""
+        ids = np.concatenate([group.ids for group in groups.values()])
+        number = np.repeat(list(groups), [len(group.ids) for group in groups.values()])
+        by_id = np.argsort(ids)
+        return Team(groups, ids[by_id], number[by_id])
+
+    @staticmethod
+    def single(number: int, group: Group, ids: np.ndarray) -> Team:
+        """Jobs of one group."""
+        return Team({number: group}, ids, np.full(len(ids), number))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, index: Any) -> Team:
+        """The chosen jobs."""
+        return replace(self, ids=self.ids[index], number=self.number[index])
+
+    def find(self, ids: np.ndarray) -> Team:
+        """The jobs of some of its clients, in their order."""
+        by_id = np.argsort(self.ids)
+        return self.take(by_id[np.searchsorted(self.ids, ids, sorter=by_id)])
+
+    def narrow(self) -> Team:
+        """Without groups of which no job is left."""
+        left = set(self.number.tolist())
+        return replace(self, groups={number: group for number, group in self.groups.items() if number in left})
+
+    def of_group(self, number: int) -> np.ndarray:
+        """Whose jobs belong to a group."""
+        return self.ids[self.number == number]
+
+    @property
+    def program(self) -> LocalProgram:
+        return next(iter(self.groups.values())).program
+
+    @property
+    def message(self) -> Any:
+        """What all were sent; or the messages of the groups, stacked `[G, ...]`, where there are several."""
+        messages = [group.message for group in self.groups.values()]
+        return messages[0] if len(messages) == 1 else stack(messages)
+
+    @property
+    def which(self) -> np.ndarray | None:
+        """The row of `message` that each was sent, `[C]`; None where all were sent the same."""
+        return None if len(self.groups) == 1 else self._row
+
+    @property
+    def started(self) -> Any:
+        """What each was sent, stacked `[C, ...]`."""
+        return rows(stack([group.message for group in self.groups.values()]), torch.from_numpy(self._row))
+
+    @property
+    def version(self) -> np.ndarray:
+        """Of the model behind each message, `[C]`."""
+        return np.array([group.version for group in self.groups.values()])[self._row]
+
+    @property
+    def t(self) -> np.ndarray:
+        """The round in which each was asked, `[C]`."""
+        return np.array([group.t for group in self.groups.values()])[self._row]
+
+    @property
+    def keys(self) -> Keys:
+        """The client key of each one's round, `[C]`."""
+        return np.array([group.key for group in self.groups.values()], dtype=np.uint64)[self._row]
+
+    @property
+    def _row(self) -> np.ndarray:
+        return np.searchsorted(list(self.groups), self.number)
+
+
+def teams(groups: dict[int, Group], due: Iterable[int]) -> list[Team]:
+    """What may train together with the groups `due`, where these are not trained yet: by kind, in the order of the first of each."""
+    kinds = dict.fromkeys(groups[number].kind for number in due if groups[number].kept is None)
+    if not kinds:
+        return []
+    waiting = [(number, group, group.kind) for number, group in groups.items() if len(group.ids)]
+    return [Team.of({number: group for number, group, its in waiting if its == kind}) for kind in kinds]

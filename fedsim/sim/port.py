@@ -16,23 +16,23 @@ from fedsim.fleet import ARRIVES, LOST, Fates, Fleet
 from fedsim.sim.clock import Clock, Events
 from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
 from fedsim.sim.executor import Executor, Failure
-from fedsim.sim.harm import Harm
-from fedsim.sim.jobs import Group, Kept
+from fedsim.sim.harm import Mishaps
+from fedsim.sim.jobs import Group, Kept, Team, teams
 from fedsim.steps import count_examples
 from fedsim.strategy import LocalProgram
 from fedsim.table import IN_RAM, Storage, Table
-from fedsim.tree import nbytes, rows, tree_map
+from fedsim.tree import nbytes, rows
 from fedsim.types import Arrivals, Job, Metrics, Updates
 
-# What is drawn of the port's key, folded after it.
-_DEVICES, _BYZANTINE, _FATES, _HARM = range(11, 15)
+# What is drawn of the port's key, folded after it (`sim/harm.py` has the next numbers).
+_DEVICES = 11
 
 
 class SimPort(Port):
     """Simulated clients: participation decides who is idle, the clock when they are back, an executor trains, a table is their memory.
 
-    Training is lazy: nothing is trained that never arrives, and jobs that were handed out in one round train together when the first of
-    them is due. Results do not depend on it, because programs are pure; how jobs are grouped is a function of the virtual clock alone.
+    Training is lazy: nothing is trained that never arrives, and jobs train together when the first of them is due, also those of several
+    rounds. Results do not depend on it, because programs are pure; what trains together is a function of the virtual clock alone.
 
     Args:
         executor: runs chunks.
@@ -63,8 +63,7 @@ class SimPort(Port):
         self._key = key
         clients = len(sizes)
         self._devices = fleet.latency.draw(clients, labels, rng.fold(key, _DEVICES))
-        byzantine = fleet.faults.byzantine
-        self._byzantine = byzantine.draw(clients, rng.fold(key, _BYZANTINE)) if byzantine else np.zeros(clients, dtype=bool)
+        self._mishaps = Mishaps.of(fleet, clients, key)
         self._t = 0  # rounds that have begun
         self._participation = fleet.participation.start(clients, labels, key)
         self._available = self._away = np.zeros(clients, dtype=bool)
@@ -96,7 +95,7 @@ class SimPort(Port):
     def send(self, job: Job, version: int, key: rng.Key) -> None:
         if not len(job.ids):
             return
-        fates, message = self._fates(job.ids, self._t), nbytes(job.message)
+        fates, message = self._mishaps.fates(job.ids, np.array([self._t])), nbytes(job.message)
         number = max(self._groups, default=-1)
         if number < 0 or not self._groups[number].takes(job, version, self._t):
             number, self._handed_out = self._handed_out, self._handed_out + 1
@@ -127,8 +126,13 @@ class SimPort(Port):
         lost = {client: LOST[fate] for client, fate in zip(gone.client.tolist(), gone.fate.tolist(), strict=True)}
         parts.append(Received(lost=lost, rejected=dict.fromkeys(twice, "came a second time")))
         here = past.take((past.fate == ARRIVES) & (past.copy == 0))
-        for number in np.unique(here.group).tolist():
-            parts += self._collect(number, np.sort(here.client[here.group == number]), version, weigh, recall)
+        due = {number: np.sort(here.client[here.group == number]) for number in np.unique(here.group).tolist()}
+        for team in teams(self._groups, due):
+            parts += self._train_due(team, np.isin(team.ids, here.client), version, weigh, recall)
+        for number, ids in due.items():
+            kept = self._groups[number].kept
+            if kept is not None:
+                parts.append(self._received_kept(kept.take(ids), Team.single(number, self._groups[number], ids), version, weigh, recall))
         self._end(past)
         return merge(parts)
 
@@ -141,68 +145,64 @@ class SimPort(Port):
             self._groups[int(number)] = replace(group, ids=ids, ahead=group.ahead - int(count))
         self._groups = {number: group for number, group in self._groups.items() if group.ahead}
 
-    def _collect(self, number: int, ids: np.ndarray, version: int, weigh: Weigh | None, recall: bool) -> list[Received]:
-        """The updates of some clients of a group, which are due now.
+    def _train_due(self, team: Team, due: np.ndarray, version: int, weigh: Weigh | None, recall: bool) -> list[Received]:
+        """Train the jobs of a team that are due now.
 
-        Where they are at least half of those that are still to be trained, they train alone, and are summed where they arise. Else all of
-        them train together, and the others' updates are kept until they are due.
+        Where they are at least half of it, they train alone, and are summed where they arise. Else the whole team trains, and updates are
+        kept until they are due.
         """
-        group = self._groups[number]
-        if group.kept is None and 2 * len(ids) >= len(group.ids):
-            self._groups[number] = replace(group, ids=np.setdiff1d(group.ids, ids))
-            return [self._received(part, total, group, version, weigh, recall) for part, total in self._train(group, ids, version, weigh)]
-        trained = Received()
-        if group.kept is None:
-            parts = self._train(group, group.ids, version, None)
-            trained = Received(examples=sum(reply.examples for _, reply in parts if isinstance(reply, ChunkReply)))
-            group = replace(group, ids=group.ids[:0], kept=Kept.of([_kept(chunk, reply) for chunk, reply in parts]))
-            self._groups[number] = group
-        assert group.kept is not None
-        return [trained, self._received_kept(group.kept.take(ids), group, version, weigh, recall)]
+        alone = 2 * int(due.sum()) >= len(team)
+        now = team.take(due) if alone else team
+        trained = self._train(now, version, weigh if alone else None)
+        self._groups |= {number: group.without(now.of_group(number)) for number, group in now.groups.items()}
+        if alone:
+            return [self._received(part, reply, version, weigh, recall) for part, reply in trained]
+        kept = Kept.of([_kept(part.ids, reply) for part, reply in trained])
+        self._groups |= {number: replace(self._groups[number], kept=kept.take(now.of_group(number))) for number in now.groups}
+        return [Received(examples=sum(reply.examples for _, reply in trained if isinstance(reply, ChunkReply)))]
 
-    def _train(self, group: Group, ids: np.ndarray, version: int, weigh: Weigh | None) -> list[tuple[Chunk, ChunkReply | Failure]]:
-        """Cut a group into chunks and run them; with weights of model `version`, if any."""
-        ids = order(group.program, self._sizes, ids)
-        size = self._chunk or default_chunk(len(ids), self._executor.mode)
-        chunks = []
-        for part in np.array_split(ids, -(-len(ids) // size)):  # as equal as can be: no worker waits for a long last chunk
-            weight = weigh(self._arrivals(part, group.version, version)) if weigh else None
-            chunks.append(Chunk(part, group.version, group.key, self._memory.get(part), weight, self._harm(part, group.t)))
-        replies = self._executor.map("train", (group.program, group.message), chunks)
+    def _train(self, team: Team, version: int, weigh: Weigh | None) -> list[tuple[Team, ChunkReply | Failure]]:
+        """Cut a team into chunks and run them; with weights of model `version`, if any."""
+        team = team.find(order(team.program, self._sizes, team.ids)).narrow()
+        size = self._chunk or default_chunk(len(team), self._executor.mode)
+        cuts = np.array_split(np.arange(len(team)), -(-len(team) // size))  # as equal as can be: no worker waits for a long last chunk
+        parts = [team.take(cut) for cut in cuts]
+        chunks = [self._chunk_of(part, weigh(self._arrivals(part, version)) if weigh else None) for part in parts]
+        replies = self._executor.map("train", (team.program, team.message), chunks)
         self._say_if_cut(chunks, replies)
-        return list(zip(chunks, replies, strict=True))
+        return list(zip(parts, replies, strict=True))
 
-    def _received(
-        self, chunk: Chunk, reply: ChunkReply | Failure, group: Group, version: int, weigh: Weigh | None, recall: bool
-    ) -> Received:
+    def _chunk_of(self, team: Team, weight: Tensor | None) -> Chunk:
+        harm = self._mishaps.harm(team.ids, team.t)
+        return Chunk(team.ids, int(team.version.max()), team.keys, self._memory.get(team.ids), weight, harm, team.which)
+
+    def _received(self, team: Team, reply: ChunkReply | Failure, version: int, weigh: Weigh | None, recall: bool) -> Received:
         """One chunk's reply in the engine's terms; devices remember."""
         if isinstance(reply, Failure):
-            return Received(lost=dict.fromkeys(chunk.ids.tolist(), reply.reason))
+            return Received(lost=dict.fromkeys(team.ids.tolist(), reply.reason))
         if reply.total is None:
-            kept = self._received_kept(_kept(chunk, reply), group, version, weigh, recall)
-            return replace(kept, examples=reply.examples)
-        accepted = chunk.ids[reply.accepted]
-        self._memory = self._memory.put(accepted, reply.memory)
+            return replace(self._received_kept(_kept(team.ids, reply), team, version, weigh, recall), examples=reply.examples)
+        accepted = team.take(reply.accepted)
+        self._memory = self._memory.put(accepted.ids, reply.memory)
         return Received(
-            arrivals=self._arrivals(accepted, group.version, version),
+            arrivals=self._arrivals(accepted, version),
             total=reply.total,
             metrics=_summed(reply.metrics),
-            rejected={int(chunk.ids[c]): why for c, why in reply.refusals.items()},
+            rejected={int(team.ids[c]): why for c, why in reply.refusals.items()},
             examples=reply.examples,
-            bytes_up=reply.payload_bytes * len(chunk.ids),
+            bytes_up=reply.payload_bytes * len(team),
         )
 
-    def _received_kept(self, kept: Kept, group: Group, version: int, weigh: Weigh | None, recall: bool) -> Received:
+    def _received_kept(self, kept: Kept, team: Team, version: int, weigh: Weigh | None, recall: bool) -> Received:
         """Updates that were kept apart, in the engine's terms; devices remember."""
         lost, rejected = dict(kept.lost), dict(kept.rejected)
         bytes_up = kept.payload_bytes * (len(kept.ids) + len(rejected))
         if not len(kept.ids):
             return Received(lost=lost, rejected=rejected, bytes_up=bytes_up)
-        ids = kept.ids.numpy()
-        self._memory = self._memory.put(ids, kept.memory)
-        arrivals = self._arrivals(ids, group.version, version)
-        started = tree_map(lambda leaf: leaf.expand(len(ids), *leaf.shape), group.message) if recall else None
-        updates = Updates(arrivals, kept.payload, started)
+        accepted = team.find(kept.ids.numpy())
+        self._memory = self._memory.put(accepted.ids, kept.memory)
+        arrivals = self._arrivals(accepted, version)
+        updates = Updates(arrivals, kept.payload, accepted.started if recall else None)
         return Received(
             arrivals=arrivals,
             updates=None if weigh else updates,
@@ -228,26 +228,6 @@ class SimPort(Port):
             self._upload[which] = weight
         return self._upload[which]
 
-    def _fates(self, ids: np.ndarray, t: int) -> Fates:
-        keys = rng.fold_each(rng.fold(self._key, _FATES, t), ids)
-        return self._fleet.faults.draw(keys, self._fleet.channel.down.erasure, self._fleet.channel.up.erasure)
-
-    def _harm(self, ids: np.ndarray, t: int) -> Harm | None:
-        """What befalls the messages of a chunk that was asked in round `t`; None where nothing can."""
-        fleet, attack = self._fleet, self._fleet.faults.byzantine
-        corrupt = fleet.faults.corrupt
-        if not (attack or corrupt.nan or corrupt.shape or fleet.channel.down.noise or fleet.channel.up.noise):
-            return None
-        fates, bad = self._fates(ids, t), torch.from_numpy(self._byzantine[ids])
-        factor, noise = torch.ones(len(ids)), torch.zeros(len(ids))
-        if attack and attack.attack == "noise":
-            noise[bad] = attack.strength
-        elif attack:
-            factor[bad] = attack.strength * (-1 if attack.attack == "sign-flip" else 1)
-        broken = torch.from_numpy(fates.nan), torch.from_numpy(fates.bent)
-        keys = rng.fold_each(rng.fold(self._key, _HARM, t), ids)
-        return Harm(factor, noise, *broken, fleet.channel.down.noise, fleet.channel.up.noise, keys)
-
     def _say_if_cut(self, chunks: list[Chunk], replies: list[ChunkReply | Failure]) -> None:
         """Say once that chunks did not fit into a GPU's memory."""
         parts = max((reply.parts for reply in replies if isinstance(reply, ChunkReply)), default=1)
@@ -261,9 +241,9 @@ class SimPort(Port):
                 stacklevel=2,
             )
 
-    def _arrivals(self, ids: np.ndarray, began: int, version: int) -> Arrivals:
-        versions = torch.full((len(ids),), began)
-        return Arrivals(torch.from_numpy(ids), torch.from_numpy(self._sizes[ids]), versions, version - versions)
+    def _arrivals(self, team: Team, version: int) -> Arrivals:
+        began = torch.from_numpy(team.version)
+        return Arrivals(torch.from_numpy(team.ids), torch.from_numpy(self._sizes[team.ids]), began, version - began)
 
     def memory_of(self, client: int) -> Any:
         """What the device of one client remembers."""
@@ -311,12 +291,12 @@ def _ends(phases: np.ndarray, fates: Fates) -> np.ndarray:
     return ends[c, lost_in] - phases[c, lost_in] * (1 - part)
 
 
-def _kept(chunk: Chunk, reply: ChunkReply | Failure) -> Kept:
-    """A chunk's reply, kept apart by client."""
+def _kept(ids: np.ndarray, reply: ChunkReply | Failure) -> Kept:
+    """The reply of a chunk of clients, kept apart by client."""
     if isinstance(reply, Failure):
-        return Kept(torch.zeros(0, dtype=torch.int64), None, None, {}, [], [[i, reply.reason] for i in chunk.ids.tolist()], 0)
-    accepted = torch.from_numpy(chunk.ids[reply.accepted])
-    rejected = [[int(chunk.ids[c]), why] for c, why in reply.refusals.items()]
+        return Kept(torch.zeros(0, dtype=torch.int64), None, None, {}, [], [[i, reply.reason] for i in ids.tolist()], 0)
+    accepted = torch.from_numpy(ids[reply.accepted])
+    rejected = [[int(ids[c]), why] for c, why in reply.refusals.items()]
     return Kept(accepted, reply.payload, reply.memory, reply.metrics, rejected, [], reply.payload_bytes)
 
 
