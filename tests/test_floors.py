@@ -23,6 +23,7 @@ FLOORS = [
         "conformal",
         "lowrank",
         "private",
+        "split",
     },
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},
