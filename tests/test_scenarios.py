@@ -48,6 +48,7 @@ PAPERS = [
     "fedstale",
     "fedvarp",
     "fedyogi",
+    "flower",
     "known-p",
     "krum",
     "median",
