@@ -71,6 +71,10 @@ STRATEGIES = {
     "fedyogi": Case(strategy("fedyogi", local=LOCAL, server_lr=0.05, tau=0.1), rounds=300, within=1e-3),
     "fedprox": Case(strategy("fedprox", local=LOCAL, mu=0.1)),
     "scaffold": Case(strategy("scaffold", local=lookup(LocalProgram, "scaffold-sgd")(lr=0.05, steps=4, batch_size=None)), rounds=300),
+    "fedamd": Case(strategy("fedamd", local=lookup(LocalProgram, "fedamd-miner")(lr=0.05, steps=4, batch_size=10), p=0.4), rounds=400),
+    "fedamd optimal": Case(
+        strategy("fedamd", local=lookup(LocalProgram, "fedamd-miner")(lr=0.05, steps=4, batch_size=10), p="optb", coin="round"), rounds=600
+    ),
     "median": Case(strategy("median", local=LOCAL)),
     "trimmed-mean": Case(strategy("trimmed-mean", local=LOCAL, trim=0.2)),
     "krum": Case(strategy("krum", local=LOCAL)),

@@ -33,6 +33,7 @@ PAPERS = [
     "dc-asgd",
     "fedadagrad",
     "fedadam",
+    "fedamd",
     "fedasync",
     "fedau",
     "fedavg",
