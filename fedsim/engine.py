@@ -61,9 +61,10 @@ def merge(parts: list[Received]) -> Received:
     if not arrivals:
         who, by_id = None, None
     else:
-        together = concat(arrivals)
-        by_id = torch.argsort(together.ids, stable=True)
-        who = rows(together, by_id)
+        who, by_id = concat(arrivals), None
+        if not (who.ids.diff() >= 0).all():
+            by_id = torch.argsort(who.ids, stable=True)
+            who = rows(who, by_id)
     kept = [part.updates for part in parts if part.updates is not None]
     totals = [part.total for part in parts if part.total is not None]
     return Received(
@@ -81,10 +82,12 @@ def merge(parts: list[Received]) -> Received:
 
 def _sorted(kept: list[Updates], by_id: Tensor | None) -> tuple[Any, Any]:
     """Payloads, and what their clients began with, as one stack in the order of the clients."""
-    payload = rows(concat([part.payload for part in kept]), by_id)
-    if any(part.started is None for part in kept):
-        return payload, None
-    return payload, rows(concat([part.started for part in kept]), by_id)
+    payload = _in_order([part.payload for part in kept], by_id)
+    return payload, None if any(part.started is None for part in kept) else _in_order([part.started for part in kept], by_id)
+
+
+def _in_order(parts: list[Any], by_id: Tensor | None) -> Any:
+    return concat(parts) if by_id is None else rows(concat(parts), by_id)
 
 
 class Port(ABC):

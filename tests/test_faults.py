@@ -211,7 +211,7 @@ class Counting(Inline):
 
 @pytest.mark.parametrize("mode", ["vmap", "loop"])
 def test_jobs_of_several_rounds_train_together_where_the_program_does_not_read_the_version(mode):
-    """The same numbers, in far fewer chunks. A schedule reads the version, so its jobs train round by round; this one never changes the rate."""
+    """The same numbers, in far fewer chunks. A schedule reads the version, so its jobs train apart; this one changes nothing."""
     toy = jumpers(np.random.default_rng(0).normal(size=(12, 2)))
     came: dict[bool, list] = {}
     chunks = {}
