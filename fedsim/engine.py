@@ -80,14 +80,13 @@ def merge(parts: list[Received]) -> Received:
     )
 
 
-def _sorted(kept: list[Updates], by_id: Tensor | None) -> tuple[Any, Any]:
-    """Payloads, and what their clients began with, as one stack in the order of the clients."""
-    payload = _in_order([part.payload for part in kept], by_id)
-    return payload, None if any(part.started is None for part in kept) else _in_order([part.started for part in kept], by_id)
-
-
-def _in_order(parts: list[Any], by_id: Tensor | None) -> Any:
-    return concat(parts) if by_id is None else rows(concat(parts), by_id)
+def _sorted(kept: list[Updates], by_id: Tensor | None) -> Iterator[Any]:
+    """Payloads, what their clients began with, and their metrics: each as one stack in the order of the clients."""
+    for parts in zip(*((part.payload, part.started, part.metrics) for part in kept), strict=True):
+        if any(part is None for part in parts):
+            yield None
+        else:
+            yield concat(list(parts)) if by_id is None else rows(concat(list(parts)), by_id)
 
 
 class Port(ABC):
