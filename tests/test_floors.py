@@ -23,12 +23,13 @@ FLOORS = [
         "conformal",
         "lowrank",
         "private",
+        "records",
     },
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},
-    {"sim", "flower", "audit"},
+    {"sim", "audit"},
     {"document", "scenario", "world", "manifest", "experiment", "folder", "console", "overview"}
-    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers", "ledger"},
+    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers", "ledger", "flower"},
     {"cli"},
 ]
 ONE_ROOM = {0, 1, 2, 5}

@@ -1,7 +1,7 @@
 """`python -m tests.bench.admm`: how far noise on the links keeps ADMM from the pooled solution, simulated and in theory.
 
-The scenario is papers/fedadmm. Each row: ||w - w*||^2, mean over rounds 101 to 200 and over `--seeds`; what theory says of those rounds, where
-everyone takes part; and ||w - w*||^2 after 20 rounds.
+The scenario is papers/fedadmm. Each row: ||w - w*||^2, mean over rounds 101 to 200 and over `--seeds`; what theory says of those
+rounds, where everyone takes part; and ||w - w*||^2 after 20 rounds.
 """
 
 from __future__ import annotations
