@@ -79,12 +79,10 @@ def merge(parts: list[Received]) -> Received:
     )
 
 
-def _sorted(kept: list[Updates], by_id: Tensor | None) -> tuple[Any, Any]:
-    """Payloads, and what their clients began with, as one stack in the order of the clients."""
-    payload = rows(concat([part.payload for part in kept]), by_id)
-    if any(part.started is None for part in kept):
-        return payload, None
-    return payload, rows(concat([part.started for part in kept]), by_id)
+def _sorted(kept: list[Updates], by_id: Tensor | None) -> Iterator[Any]:
+    """Payloads, what their clients began with, and their metrics: each as one stack in the order of the clients."""
+    for parts in zip(*((part.payload, part.started, part.metrics) for part in kept), strict=True):
+        yield None if any(part is None for part in parts) else rows(concat(list(parts)), by_id)
 
 
 class Port(ABC):

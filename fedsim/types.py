@@ -131,12 +131,14 @@ class Total:
 class Updates:
     """Everything the server sees of a round: the arrivals and their payloads, stacked `[C, ...]` and sorted by client id.
 
-    `started` holds the message that each client began with, stacked `[C, ...]`, for a strategy that `recalls` it.
+    `started` holds the message that each client began with, stacked `[C, ...]`, for a strategy that `recalls` it. `metrics` are those of
+    each client's program, `{name: (sum [C], weight [C])}`, where the port tells them apart.
     """
 
     arrivals: Arrivals
     payload: Any
     started: Any = None
+    metrics: Any = None
 
     def __len__(self) -> int:
         return len(self.arrivals)
@@ -151,5 +153,5 @@ class Updates:
 
     def take(self, index: Any) -> Updates:
         """The chosen rows."""
-        started = None if self.started is None else rows(self.started, index)
-        return Updates(rows(self.arrivals, index), rows(self.payload, index), started)
+        started, metrics = (None if each is None else rows(each, index) for each in (self.started, self.metrics))
+        return Updates(rows(self.arrivals, index), rows(self.payload, index), started, metrics)

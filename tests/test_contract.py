@@ -103,6 +103,9 @@ STRATEGIES = {
     ),
     "dp-lora": Case(strategy("dp-lora", local=LOCAL)),  # without adapters it is an average; tests/test_dp_lora.py has the rest
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
+    "flower fedavg": Case(strategy("flower", local=LOCAL)),
+    "flower fedavgm": Case(strategy("flower", cls="FedAvgM", args={"server_learning_rate": 0.5, "server_momentum": 0.5}, local=LOCAL)),
+    "flower fedadam": Case(strategy("flower", cls="FedAdam", args={"eta": 0.05, "tau": 0.1}, local=LOCAL), rounds=300, within=1e-3),
     "unstale": Case(strategy("unstale", inner=strategy("fedavg", local=LOCAL), examples=4, iterations=3)),
     "dc-asgd": Case(strategy("dc-asgd", inner=strategy("fedavg", local=LOCAL))),
     "conformal": Case(conformal("conformal", "pinball-sgd", lr=1.0, gamma=0.02, counting=2), rounds=120, within=0.04),

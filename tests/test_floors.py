@@ -23,6 +23,7 @@ FLOORS = [
         "conformal",
         "lowrank",
         "private",
+        "records",
     },
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from flwr import app as flwr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +16,6 @@ from fedsim.flower import wire
 from fedsim.flower.wire import Malformed
 from fedsim.params import Params
 from fedsim.tree import Leaf, record, tree_leaves
-
-flwr = pytest.importorskip("flwr.app")
 
 
 @record

@@ -50,6 +50,7 @@ PAPERS = [
     "fedstale",
     "fedvarp",
     "fedyogi",
+    "flower",
     "known-p",
     "krum",
     "median",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsim import rng
 from fedsim.entropy import KEYED
+from fedsim.private import NOISE
 from fedsim.problem import Problem
 from fedsim.strategy import LocalProgram
 from fedsim.tree import rows
@@ -97,10 +98,11 @@ class Feed:
 
     def _draw(self, keys: rng.Keys, s: int, batch: int) -> Draws:
         wanted = self.program.draws(self.problem, batch)
-        entropy = self.problem.entropy if self.program.protects() else KEYED
+        protected = self.program.protects() is not None
         out = {}
         for j, (name, draw) in enumerate(sorted(wanted.items())):
             step_keys = rng.fold_each(rng.fold_each(keys, np.array([s])), np.array([j]))
+            entropy = self.problem.entropy if protected or name == NOISE else KEYED  # noise is nobody's to foresee, epsilon or not
             source = entropy.normal if draw.kind == "normal" else entropy.uniform
             out[name] = torch.from_numpy(source(step_keys, draw.shape)).to(self.x.device)
         return out

@@ -202,7 +202,7 @@ class SimPort(Port):
         accepted = team.find(kept.ids.numpy())
         self._memory = self._memory.put(accepted.ids, kept.memory)
         arrivals = self._arrivals(accepted, version)
-        updates = Updates(arrivals, kept.payload, accepted.started if recall else None)
+        updates = Updates(arrivals, kept.payload, accepted.started if recall else None, kept.metrics)
         return Received(
             arrivals=arrivals,
             updates=None if weigh else updates,
