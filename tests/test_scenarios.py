@@ -46,6 +46,7 @@ PAPERS = [
     "fedbuff",
     "feddf",
     "fedlaw",
+    "fedpara",
     "fedprox",
     "fedstale",
     "fedvarp",
