@@ -76,7 +76,7 @@ def test_one_step_gives_its_pictures_away():
 
 
 def test_after_many_steps_the_surrogate_explains_the_change_better():
-    """Twenty steps of one picture each: no gradient at the first model points where they went. Whether pictures are nearer is for a study."""
+    """Twenty steps of one picture each: no gradient at the first model points where they went."""
     problem, seen, _ = victim(steps=20)
     how = Attack(120, lr=0.1, a_lr=1e-2, tv=0.0)
     plain, sme = (attack(problem, seen, replace(how, start=start), key=1) for start in (0.0, 0.5))
