@@ -409,12 +409,24 @@ def test_a_study_from_the_command_line_alone(tmp_path: Path, monkeypatch: pytest
     )
 
 
+def test_a_strategy_may_be_a_list_of_phases() -> None:
+    cells = {cell.label: cell for cell in load_study(bundled_studies()["studies/personal_har"]).cells() if cell.seed == 2}
+    phases = cells["fedalt"].scenario.phases
+    assert [(type(phase.strategy).registered_name, phase.rounds) for phase in phases] == [("fedavg", 30), ("fedalt", 30), ("local-only", 1)]
+    assert phases[2].participation == Full()
+    assert {cell.scenario.data for cell in cells.values()} == {cells["fedavg"].scenario.data}
+    assert all(cell.scenario.strategy is None and cell.scenario.rounds is None for cell in cells.values())
+
+
 STUDIES = {
     "aggregation": 48,
+    "anchors": 12,
     "asynchrony": 15,
     "byzantine": 45,
     "conformal_weights": 25,
     "participation": 35,
+    "personal_har": 24,
+    "personal_vit": 18,
     "proxy": 40,
     "quick": 12,
     "robustness": 30,

@@ -7,6 +7,7 @@ from fedsim.models import (  # noqa: F401  (imported to register)
     attention,
     convolution,
     dense,
+    factors,
     huggingface,
     lora,
     prefix,
