@@ -18,6 +18,7 @@ from fedsim.cli import app
 from fedsim.compare import Event, compare
 from fedsim.document import InvalidScenario
 from fedsim.errors import FedsimError
+from fedsim.fleet import Full
 from fedsim.grid import Plan, load_study
 from fedsim.report import tables, write_report
 from fedsim.report.comparison import Comparison, check_pairing
