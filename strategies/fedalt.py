@@ -55,6 +55,7 @@ class AlternatingSgd(LocalProgram):
 
     passes: ClassVar[tuple[str, ...]] = ("personal", "shared")
     joins: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     lr: Annotated[float, Gt(0)] = 0.05
     personal_lr: Annotated[float, Gt(0)] | None = None  # null: lr
