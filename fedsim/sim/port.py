@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.engine import Port, Received, Weigh, merge
+from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.fleet import ARRIVES, LOST, Fates, Fleet
 from fedsim.sim.clock import Clock, Events
 from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
@@ -28,7 +28,7 @@ from fedsim.types import Arrivals, Job, Metrics, Updates
 _DEVICES = 11
 
 
-class SimPort(Port):
+class SimPort(RunPort):
     """Simulated clients: participation decides who is idle, the clock when they are back, an executor trains, a table is their memory.
 
     Training is lazy: nothing is trained that never arrives, and jobs train together when the first of them is due, also those of several
