@@ -43,6 +43,7 @@ class Nodes:
     said: dict[int, Description] = field(default_factory=dict)
     _asked: dict[str, int] = field(default_factory=dict)
     _silent: set[int] = field(default_factory=set)
+    _said_before: set[str] = field(default_factory=set)
     _looked: float = -1e9
 
     def __post_init__(self) -> None:
@@ -66,14 +67,18 @@ class Nodes:
         self.here = connected & set(self.said)
 
     def _note(self, node: int, message: Message) -> None:
-        """What a node says of itself. One that makes no sense, or claims clients of another, is left alone."""
+        """What a node says of itself. One that makes no sense, or claims clients of another, is left alone; an error may be over soon."""
+        if message.has_error():
+            self._say(f"a node does not say which clients it holds: {_reason(message)}")
+            return
         try:
             description = Description.of(content(message), self.clients)
-            taken = [int(i) for i in description.ids if self._home[i] >= 0 and self._order[self._home[i]] in self.here]
+            homes = {int(i): self._order[self._home[i]] for i in description.ids if self._home[i] >= 0}
+            taken = [i for i, home in homes.items() if home in self.here and home != node]
             if taken:
                 raise Malformed(f"node claims clients {taken[:5]}, which another node holds")
         except FedsimError as error:
-            print(f"a node is left alone: {error}", flush=True)
+            self._say(f"a node is left alone: {error}")
             self._silent.add(node)
             return
         self.said[node] = description
@@ -82,6 +87,17 @@ class Nodes:
         ids = description.ids
         self._home[ids] = len(self._order) - 1
         self.sizes[ids], self.calibration[ids], self.tests[ids] = description.sizes, description.calibration, description.tests
+
+    def _say(self, what: str) -> None:
+        """Print something, once."""
+        if what not in self._said_before:
+            self._said_before.add(what)
+            print(what, flush=True)
+
+    def doubt(self, node: int) -> None:
+        """A node has not answered: it is not here until it says again who it is. Flower itself takes a while to notice that one is gone."""
+        self.said.pop(node, None)
+        self.here.discard(node)
 
     @property
     def held(self) -> np.ndarray:
@@ -155,6 +171,9 @@ class Nodes:
 def content(message: Message) -> RecordDict:
     """What is in a message. Raises `Malformed` with the reason where it is an error."""
     if message.has_error():
-        reason = " ".join(str(message.error.reason).split())
-        raise Malformed(f"error {message.error.code}: {reason[:300]}")
+        raise Malformed(_reason(message))
     return message.content
+
+
+def _reason(message: Message) -> str:
+    return f"error {message.error.code}: {' '.join(str(message.error.reason).split())[:300]}"

@@ -145,7 +145,9 @@ class FlowerPort(RunPort):
             self._take(self._out.pop(number), answers[number])
         late = [number for number, out in self._out.items() if time.monotonic() > out.end]
         for number in late:
-            self._lose(self._out.pop(number).order.ids, f"no answer within {self._nodes.patience:g} seconds")
+            out = self._out.pop(number)
+            self._nodes.doubt(out.node)
+            self._lose(out.order.ids, f"no answer within {self._nodes.patience:g} seconds")
         return bool(answers or late)
 
     def _take(self, out: _Out, message: Any) -> None:
