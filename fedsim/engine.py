@@ -61,9 +61,10 @@ def merge(parts: list[Received]) -> Received:
     if not arrivals:
         who, by_id = None, None
     else:
-        together = concat(arrivals)
-        by_id = torch.argsort(together.ids, stable=True)
-        who = rows(together, by_id)
+        who, by_id = concat(arrivals), None
+        if not (who.ids.diff() >= 0).all():
+            by_id = torch.argsort(who.ids, stable=True)
+            who = rows(who, by_id)
     kept = [part.updates for part in parts if part.updates is not None]
     totals = [part.total for part in parts if part.total is not None]
     return Received(
@@ -82,7 +83,10 @@ def merge(parts: list[Received]) -> Received:
 def _sorted(kept: list[Updates], by_id: Tensor | None) -> Iterator[Any]:
     """Payloads, what their clients began with, and their metrics: each as one stack in the order of the clients."""
     for parts in zip(*((part.payload, part.started, part.metrics) for part in kept), strict=True):
-        yield None if any(part is None for part in parts) else rows(concat(list(parts)), by_id)
+        if any(part is None for part in parts):
+            yield None
+        else:
+            yield concat(list(parts)) if by_id is None else rows(concat(list(parts)), by_id)
 
 
 class Port(ABC):

@@ -46,4 +46,4 @@ class FedBuff(WeightedStrategy):
         return self.staleness.factor(arrivals.staleness)  # [K]
 
     def apply(self, problem: Problem, state: ModelState, total: Total, arrivals: Arrivals, key: Key) -> ModelState:
-        return ModelState(state.w + (self.server_lr / len(arrivals)) * total.payload)
+        return ModelState(state.w.plus(total.payload, self.server_lr / len(arrivals)))

@@ -411,6 +411,7 @@ def test_a_study_from_the_command_line_alone(tmp_path: Path, monkeypatch: pytest
 
 STUDIES = {
     "aggregation": 48,
+    "anchors": 12,
     "asynchrony": 15,
     "byzantine": 45,
     "conformal_weights": 25,

@@ -10,7 +10,7 @@ import torch
 from fedsim import rng, tree
 from fedsim.engine import run
 from fedsim.fleet import LOST, Byzantine, Channel, Corruption, DeviceClass, Drops, Faults, Fleet, Latency, Link, Spread, Straggle
-from fedsim.local import Sgd
+from fedsim.local import Constant, Sgd, StepDecay
 from fedsim.pace import Buffered, Deadline, Sync
 from fedsim.registry import lookup
 from fedsim.scenario import load_plugins
@@ -197,6 +197,37 @@ def test_laziness_trains_nothing_that_never_arrives():
     assert rounds[0].received.examples == 2 * 2
     rounds = rounds_of(FEDAVG, toy, 3, Fleet(latency=delays), Buffered(concurrency=6, buffer=1))
     assert [r.received.examples for r in rounds[:1]] == [6 * 2]
+
+
+class Counting(Inline):
+    """Says how many chunks were trained."""
+
+    chunks = 0
+
+    def map(self, task, shared, items):
+        self.chunks += len(items) if task == "train" else 0
+        return super().map(task, shared, items)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop"])
+def test_jobs_of_several_rounds_train_together_where_the_program_does_not_read_the_version(mode):
+    """The same numbers, in far fewer chunks. A schedule reads the version, so its jobs train apart; this one changes nothing."""
+    toy = jumpers(np.random.default_rng(0).normal(size=(12, 2)))
+    came: dict[bool, list] = {}
+    chunks = {}
+    for ages, schedule in ((False, Constant()), (True, StepDecay(every=10**6))):
+        program = Sgd(lr=0.3, epochs=2, batch_size=1, schedule=schedule)
+        assert program.ages() is ages
+        executor = Counting(Trainer(toy.problem, toy.x, toy.y, toy.lists, mode))
+        port = SimPort(executor, EVERYTHING, None, toy.problem.sizes, {}, 12, 5)
+        strategy = lookup(Strategy, "fedasync")(local=program)
+        came[ages] = list(itertools.islice(run(strategy, toy.problem, toy.w, port, Buffered(concurrency=6, buffer=1), 7), 60))
+        chunks[ages] = executor.chunks
+    for mixed, apart in zip(came[False], came[True], strict=True):
+        assert mixed.received.lost == apart.received.lost
+        assert mixed.received.rejected == apart.received.rejected
+        torch.testing.assert_close(mixed.state.w["weight"], apart.state.w["weight"], rtol=1e-12, atol=1e-13)
+    assert chunks[False] < 0.6 * chunks[True]
 
 
 @pytest.mark.parametrize("pace", PACES, ids=lambda pace: pace.paced)

@@ -59,6 +59,7 @@ ROWS = [
     Row("pfl-cnn", (3, 32, 32), 10, 1_626_442),
     Row("resnet20-gn", (3, 32, 32), 10, 269_722),
     Row("resnet18-gn", (3, 32, 32), 10, 11_173_962),
+    Row("vgg16-gn", (3, 32, 32), 10, 15_253_578),
     Row("cnn1d", (9, 128), 6, 274_822),
     Row("vit", (3, 32, 32), 10, 142_026),
     Row("char-transformer", (80,), 90, 116_826, vocabulary=90),
@@ -79,6 +80,7 @@ MORE = [  # other sizes and fields
     Row("char-lstm", (80,), 90, 822_570, vocabulary=90, spec=(("hidden", 256),)),  # 820,522 in Reddi et al. 2021, with one bias a gate
 ]
 ALL = ROWS + MORE
+LARGE = {"resnet18-gn", "vgg16-gn"}  # seconds to make
 
 
 def called(row: Row) -> str:
@@ -120,7 +122,7 @@ def close(a: Params, b: Params) -> None:
 
 
 def test_every_model_has_a_row() -> None:
-    assert len(Model.choices) == 14
+    assert len(Model.choices) == 15
     assert {row.name for row in ROWS} == set(Model.choices) - {"huggingface"}  # has tests of its own, where that library is
     assert all(first_line(c).endswith(".") for c in Model.choices.values())
 
@@ -172,12 +174,12 @@ def test_lstm_differentiates_both_ways() -> None:
 
 
 def test_execution_hints() -> None:
-    built = {row.name: row.realise()[0] for row in ROWS if row.name != "resnet18-gn"}
+    built = {row.name: row.realise()[0] for row in ROWS if row.name not in LARGE}
     assert {n for n, m in built.items() if loops(m)} == {"cnn", "lenet5", "pfl-cnn", "resnet20-gn", "cnn1d", "char-lstm"}
     assert {n for n, m in built.items() if not vmappable(m)} == {"char-lstm"}
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.name != "resnet18-gn"], ids=called)
+@pytest.mark.parametrize("row", [r for r in ROWS if r.name not in LARGE], ids=called)
 def test_weights_are_a_function_of_the_key(row: Row) -> None:
     torch.manual_seed(3)
     _, w, _ = row.realise(rng.fold(1, rng.MODEL))
@@ -190,7 +192,7 @@ def test_weights_are_a_function_of_the_key(row: Row) -> None:
     assert any(not torch.equal(w[k], other[k]) for k in w)
 
 
-@pytest.mark.parametrize("row", [r for r in ALL if r.name != "resnet18-gn"], ids=called)
+@pytest.mark.parametrize("row", [r for r in ALL if r.name not in LARGE], ids=called)
 def test_module_pickles(row: Row) -> None:
     module, w, draws = row.realise()
     copy, w2, draws2 = pickle.loads(pickle.dumps((module, w, draws)))
@@ -420,7 +422,7 @@ def test_misfits_say_what_fits(spec: Any, shape: tuple[int, ...], vocabulary: in
 
 
 def test_smallest_images_work() -> None:
-    for name, side in (("cnn", 4), ("lenet5", 12), ("pfl-cnn", 6), ("resnet20-gn", 4), ("resnet18-gn", 8), ("vit", 4)):
+    for name, side in (("cnn", 4), ("lenet5", 12), ("pfl-cnn", 6), ("resnet20-gn", 4), ("resnet18-gn", 8), ("vgg16-gn", 32), ("vit", 4)):
         Row(name, (1, side, side), 2, 0).realise()
     Row("cnn1d", (1, 4), 2, 0).realise()
 

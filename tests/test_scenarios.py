@@ -45,6 +45,7 @@ PAPERS = [
     "fedbuff",
     "feddf",
     "fedlaw",
+    "fedpara",
     "fedprox",
     "fedstale",
     "fedvarp",

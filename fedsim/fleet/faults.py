@@ -100,6 +100,12 @@ class Fates:
     nan: NDArray[np.bool_]
     bent: NDArray[np.bool_]
 
+    @staticmethod
+    def harmless(count: int) -> Fates:
+        """All arrive as they should."""
+        no = np.zeros(count, dtype=np.bool_)
+        return Fates(np.zeros(count, dtype=np.int64), np.ones(count), np.ones(count), no, no, no)
+
 
 @section
 @dataclass(frozen=True)
@@ -121,8 +127,12 @@ class Faults:
 
     def draw(self, keys: Keys, down: float, up: float) -> Fates:
         """The fates of jobs, one key each; `down` and `up` are the channel's chances to lose a message. `[C]`."""
+        drop, corrupt = self.drop, self.corrupt
+        if self.straggle is None and not any(
+            (drop.download, drop.training, drop.upload, self.duplicate, corrupt.nan, corrupt.shape, down, up)
+        ):
+            return Fates.harmless(len(keys))
         u = units(keys, 8).T  # [8, C]
-        drop = self.drop
         fate = np.searchsorted(np.cumsum([drop.download, drop.training, drop.upload]), u[0], side="right") + 1
         fate = np.where(fate > len(LOST) - 3, ARRIVES, fate)  # beyond the last of three: not dropped
         fate = np.where((fate != 1) & (u[1] < down), 4, fate)  # a message that is lost is not trained on
@@ -130,4 +140,4 @@ class Faults:
         slower = np.ones(len(keys))
         if self.straggle is not None:
             slower[u[3] < self.straggle.rate] = self.straggle.factor
-        return Fates(fate, u[4], slower, u[5] < self.duplicate, u[6] < self.corrupt.nan, u[7] < self.corrupt.shape)
+        return Fates(fate, u[4], slower, u[5] < self.duplicate, u[6] < corrupt.nan, u[7] < corrupt.shape)

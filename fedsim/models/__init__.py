@@ -3,7 +3,7 @@
 Importing this package registers every model. `realise` builds one; `loops`, `vmappable` and `chain_of` say how clients may be executed.
 """
 
-from fedsim.models import attention, convolution, dense, huggingface, lora, python, recurrent, residual  # noqa: F401  (imported to register)
+from fedsim.models import attention, convolution, dense, factors, huggingface, lora, python, recurrent, residual  # noqa: F401  (imported to register)
 from fedsim.models.adapt import Adapt, Fitted, trained
 from fedsim.models.chain import Link, chain_of
 from fedsim.models.dropout import Dropout

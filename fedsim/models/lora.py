@@ -136,18 +136,18 @@ class Lora(Adapt):
         return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
 
     def fit(self, module: nn.Module, w: Params, x: Tensor, key: Key) -> Fitted:
-        places = list(_places(module))
+        found = list(places(module))
         wholly = self.wholly(module)
-        chosen = [n for n in _matching(self.targets, {name: kind for name, kind, *_ in places}, "targets") if n not in wholly]
+        chosen = [n for n in matching(self.targets, {name: kind for name, kind, *_ in found}, "model.adapt.targets") if n not in wholly]
         if not chosen:
             raise ScenarioError("model.adapt.also", "trains every layer of `targets` whole, so that nothing is left to adapt")
         also = [f"{name}.{p}" for name in wholly for p, _ in module.get_submodule(name).named_parameters(recurse=False)]
-        tied = _tied(module)
+        tied = shared_weights(module)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(key & (2**63 - 1))
             added: dict[str, Tensor] = {}
             adapted: dict[nn.Module, Adapted] = {}
-            for name, _, parent, child in places:
+            for name, _, parent, child in found:
                 if name not in chosen:
                     continue
                 layer = parent._modules[child]
@@ -188,7 +188,7 @@ class Lora(Adapt):
     def wholly(self, module: nn.Module) -> list[str]:
         """Layers trained whole: what matches and has parameters."""
         owners = {name: "layer" for name, part in module.named_modules() if name and any(True for _ in part.parameters(recurse=False))}
-        return _matching(self.also, owners, "also") if self.also else []
+        return matching(self.also, owners, "model.adapt.also") if self.also else []
 
     def _layer(self, name: str, layer: nn.Module, tied: set[str]) -> Adapted:
         """The adapted layer, once its rank and settings have been checked."""
@@ -219,7 +219,7 @@ class Lora(Adapt):
         return {A: a.view(self.rank, *layer.weight.shape[1:]) if layer.function else a, B: b} | magnitude
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
+def places(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
     """Layers that an adapter fits: name, kind, and where they hang."""
     closed = [name for name, part in module.named_modules() if isinstance(part, OPAQUE)]
     for path, parent in module.named_modules():
@@ -232,7 +232,7 @@ def _places(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
                 yield name, KINDS[type(layer)], parent, child
 
 
-def _tied(module: nn.Module) -> set[str]:
+def shared_weights(module: nn.Module) -> set[str]:
     """Layers whose weight is also another layer's."""
     owners: dict[int, list[nn.Module]] = {}
     for part in module.modules():
@@ -241,14 +241,14 @@ def _tied(module: nn.Module) -> set[str]:
     return {name for name, part in module.named_modules() if len(owners.get(id(part._parameters.get("weight")), [])) > 1}
 
 
-def _matching(patterns: tuple[str, ...], kinds: dict[str, str], field: str) -> list[str]:
+def matching(patterns: tuple[str, ...], kinds: dict[str, str], field: str) -> list[str]:
     """The names that a pattern means. Raises where one means none."""
     found: list[str] = []
     for pattern in patterns:
         hits = [n for n, kind in kinds.items() if pattern == kind or fnmatchcase(n, pattern) or fnmatchcase(n.rsplit(".", 1)[-1], pattern)]
         if not hits:
             have = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
-            raise ScenarioError(f"model.adapt.{field}", f"'{pattern}' matches no layer{did_you_mean(pattern, kinds)}; there are: {have}")
+            raise ScenarioError(field, f"'{pattern}' matches no layer{did_you_mean(pattern, kinds)}; there are: {have}")
         found += hits
     return list(dict.fromkeys(found))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedsim.errors import ScenarioError
 from fedsim.models.adapt import Adapt
 from fedsim.models.dropout import draws_of, key_dropouts
+from fedsim.models.factors import Factors
 from fedsim.models.soundness import refuse_randomness_and_modes, refuse_structure
 from fedsim.params import Params
 from fedsim.problem import NextToken, Task
@@ -22,7 +23,8 @@ from fedsim.types import Draw
 
 @dataclass(frozen=True)
 class Model(Kind, ABC):
-    """A network architecture; `build` fits it to the data. `adapt` says that few tensors are trained, and the others stay as they are.
+    """A network architecture; `build` fits it to the data. `adapt` says that few tensors are trained, and the others stay as they are;
+    `factors` that layers have factors in the place of their weights, and all are trained.
 
     `inputs` says which inputs it reads: `image` `[ch, H, W]`, `signal` `[ch, T]`, `features` `[F]` or `tokens` `[T]`; empty: unknown.
     `per_token` says that it answers at each position `[B, T, outputs]` and not once an example `[B, outputs]`.
@@ -32,6 +34,7 @@ class Model(Kind, ABC):
     per_token: ClassVar[bool] = False
     _: KW_ONLY
     adapt: Adapt | None = None
+    factors: Factors | None = None
 
     @abstractmethod
     def build(self, shape: tuple[int, ...], outputs: int, vocabulary: int | None) -> nn.Module:
@@ -86,6 +89,8 @@ def realise(
         torch.default_generator.manual_seed(key & (2**63 - 1))  # not torch.manual_seed: that would reseed GPUs as well
         try:
             module = model.build(shape, outputs, vocabulary)
+            if model.factors is not None:
+                model.factors.factorise(module)
         except (RuntimeError, MemoryError, OverflowError) as error:
             reason = str(error).splitlines()[0][:200]
             raise ScenarioError("model", f"cannot be built: {reason}; are its sizes what you meant?") from error

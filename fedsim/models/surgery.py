@@ -22,4 +22,5 @@ def loops(module: nn.Module) -> bool:
     Convolutions batched over clients become grouped convolutions, which are slower there; recurrent layers and `nn.MultiheadAttention`
     (through `scaled_dot_product_attention`) have no batching rule.
     """
-    return has(module, _ConvNd, nn.MultiheadAttention, *_RECURRENT)
+    convolves = any(getattr(part, "convolves", False) for part in module.modules())  # with a weight that it makes of factors
+    return convolves or has(module, _ConvNd, nn.MultiheadAttention, *_RECURRENT)

@@ -84,9 +84,13 @@ class Chunk:
         noisy = self.harm is not None and self.harm.down > 0
         if self.which is None and not noisy:
             return None
-        of = np.zeros(len(self.ids), dtype=np.int64) if self.which is None else self.which
-        copies = rows(sent if self.which is not None else tree_map(lambda leaf: leaf[None], sent), torch.from_numpy(of))
-        return received(copies, self.harm) if self.harm is not None and noisy else copies
+        if self.which is None:
+            own = tree_map(lambda leaf: leaf.expand(len(self.ids), *leaf.shape), sent)
+        elif (np.diff(self.which) == 1).all():  # a client each, neighbours: nothing to copy
+            own = rows(sent, slice(int(self.which[0]), int(self.which[-1]) + 1))
+        else:
+            own = rows(sent, torch.from_numpy(self.which))
+        return received(own, self.harm) if self.harm is not None and noisy else own
 
     def single(self, c: int) -> Chunk:
         """Client `c` alone."""

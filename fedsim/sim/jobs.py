@@ -49,17 +49,22 @@ class Kept:
         return Kept(ids, payload, memory, metrics, rejected, lost, full[0].payload_bytes)
 
     def take(self, ids: np.ndarray) -> Kept:
-        """Those of some clients, sorted."""
-        if not (self.rejected or self.lost) and np.array_equal(ids, self.ids):
+        """Those of some clients `ids`, sorted, who may also not be in here."""
+        rejected, lost = self.rejected, self.lost
+        if rejected or lost:
+            wanted = set(ids.tolist())
+            rejected, lost = ([each for each in reasons if each[0] in wanted] for reasons in (rejected, lost))
+        elif np.array_equal(ids, self.ids):
             return self
-        wanted = set(ids.tolist())
-        rejected, lost = ([each for each in reasons(self) if each[0] in wanted] for reasons in (_rejected, _lost))
-        index = torch.from_numpy(np.flatnonzero(np.isin(self.ids.numpy(), ids)))
-        index = index[torch.argsort(self.ids[index])]
+        mine = self.ids.numpy()
+        by_id = np.argsort(mine)
+        place = np.searchsorted(mine, ids, sorter=by_id)
+        there = by_id[place[place < len(mine)]]
+        index = torch.from_numpy(there[mine[there] == ids[place < len(mine)]])
         if not len(index):
             return Kept(self.ids[:0], None, None, {}, rejected, lost, self.payload_bytes)
-        mine, payload, memory, metrics = rows((self.ids, self.payload, self.memory, self.metrics), index)
-        return Kept(mine, payload, memory, metrics, rejected, lost, self.payload_bytes)
+        found, payload, memory, metrics = rows((self.ids, self.payload, self.memory, self.metrics), index)
+        return Kept(found, payload, memory, metrics, rejected, lost, self.payload_bytes)
 
 
 def _rejected(part: Kept) -> list[list[Any]]:
@@ -129,7 +134,7 @@ class Team:
     """Jobs that may train together: of one round, or of several. C of them, of G groups.
 
     Attributes:
-        groups: what they belong to, by number, ascending.
+        groups: what they belong to, by number.
         ids: whose they are, `[C]`. A client has one job at a time.
         number: of the group of each, `[C]`.
     """
@@ -164,9 +169,8 @@ class Team:
         return self.take(by_id[np.searchsorted(self.ids, ids, sorter=by_id)])
 
     def narrow(self) -> Team:
-        """Without groups of which no job is left."""
-        left = set(self.number.tolist())
-        return replace(self, groups={number: group for number, group in self.groups.items() if number in left})
+        """With the groups of which jobs are left, in the order of their first jobs."""
+        return replace(self, groups={number: self.groups[number] for number in dict.fromkeys(self.number.tolist())})
 
     def of_group(self, number: int) -> np.ndarray:
         """Whose jobs belong to a group."""
@@ -209,7 +213,8 @@ class Team:
 
     @property
     def _row(self) -> np.ndarray:
-        return np.searchsorted(list(self.groups), self.number)
+        row = {number: i for i, number in enumerate(self.groups)}
+        return np.array([row[number] for number in self.number.tolist()], dtype=np.int64)
 
 
 def teams(groups: dict[int, Group], due: Iterable[int]) -> list[Team]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -139,11 +140,13 @@ class SimPort(Port):
     def _end(self, events: Events, forget: bool = False) -> None:
         """Events are over: groups of which nothing is ahead any more are forgotten."""
         first = events.take(events.copy == 0)
-        for number, count in zip(*np.unique(first.group, return_counts=True), strict=True):
-            group = self._groups[int(number)]
+        for number, count in Counter(first.group.tolist()).items():
+            group = self._groups[number]
             ids = np.setdiff1d(group.ids, first.client[first.group == number]) if forget else group.ids
-            self._groups[int(number)] = replace(group, ids=ids, ahead=group.ahead - int(count))
-        self._groups = {number: group for number, group in self._groups.items() if group.ahead}
+            if group.ahead == count:
+                del self._groups[number]
+            else:
+                self._groups[number] = replace(group, ids=ids, ahead=group.ahead - count)
 
     def _train_due(self, team: Team, due: np.ndarray, version: int, weigh: Weigh | None, recall: bool) -> list[Received]:
         """Train the jobs of a team that are due now.
@@ -157,8 +160,12 @@ class SimPort(Port):
         self._groups |= {number: group.without(now.of_group(number)) for number, group in now.groups.items()}
         if alone:
             return [self._received(part, reply, version, weigh, recall) for part, reply in trained]
-        kept = Kept.of([_kept(part.ids, reply) for part, reply in trained])
-        self._groups |= {number: replace(self._groups[number], kept=kept.take(now.of_group(number))) for number in now.groups}
+        kept: dict[int, list[Kept]] = {}
+        for part, reply in trained:
+            together = _kept(part.ids, reply)
+            for number in set(part.number.tolist()):
+                kept.setdefault(number, []).append(together.take(np.sort(part.of_group(number))))
+        self._groups |= {number: replace(self._groups[number], kept=Kept.of(parts)) for number, parts in kept.items()}
         return [Received(examples=sum(reply.examples for _, reply in trained if isinstance(reply, ChunkReply)))]
 
     def _train(self, team: Team, version: int, weigh: Weigh | None) -> list[tuple[Team, ChunkReply | Failure]]:
@@ -287,7 +294,7 @@ def _ends(phases: np.ndarray, fates: Fates) -> np.ndarray:
     ends = phases.cumsum(1)
     lost_in = np.array([3, 0, 2, 3, 1, 3])[fates.fate]  # the phase in which a fate strikes, by the order of LOST
     c = np.arange(len(phases))
-    part = np.where(np.isin(fates.fate, [1, 2, 3]), fates.when, 1.0)  # dropping out happens within a phase
+    part = np.where((fates.fate >= 1) & (fates.fate <= 3), fates.when, 1.0)  # dropping out happens within a phase
     return ends[c, lost_in] - phases[c, lost_in] * (1 - part)
 
 

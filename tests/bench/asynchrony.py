@@ -2,8 +2,8 @@
 
 The scenario papers/fedbuff (a perceptron on Fashion-MNIST, devices with a heavy tail) with the same strategy and three paces: ten clients a
 round, and twenty always at work with a buffer of ten and of one. The runs take turns, a slice of rounds each, in one process or on
-`--workers` Ray workers; what is timed is training and aggregation, not evaluation. Laziness is what the ratio is about: jobs of one round
-train together when the first of them is due.
+`--workers` Ray workers; what is timed is training and aggregation, not evaluation. Laziness is what the ratio is about: jobs train
+together when the first of them is due, also those of several rounds.
 """
 
 from __future__ import annotations
