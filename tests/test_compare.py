@@ -425,6 +425,7 @@ STUDIES = {
     "asynchrony": 15,
     "byzantine": 45,
     "conformal_weights": 25,
+    "factors": 9,
     "participation": 35,
     "personal_har": 24,
     "personal_vit": 18,

@@ -45,6 +45,7 @@ FLOORS = [
         "replay",
         "inspection",
         "flower",
+        "runtime",
     },
     {"cli"},
 ]
