@@ -39,7 +39,7 @@ class PrefixedAttention(Attention):
 class PrefixVit(Model):
     """Vision transformer with a plug-in beside the attention of each block, which `own: adapters` means. Sun et al., ICCV 2023 (FedPerfix).
 
-    vit: the transformer, e.g. {patch: 8, dim: 48}. mid: width of the plug-in. scale: how much it counts.
+    vit: the transformer, e.g. {name: vit, patch: 8, dim: 48}. mid: width of the plug-in. scale: how much it counts.
     form: adapter = as in the paper; linear = one layer and no tanh, its ablation.
     start: random = PyTorch's own, as in the paper; zero = the last layer of a plug-in is zero, so the network starts as the plain one.
     What is not in a plug-in starts with the weights of a `vit` of the same sizes and seed.
