@@ -140,7 +140,8 @@ class _Training:
             problem = replace(self.world.problem, frozen=frozen, storage=self.folder.storage)
             if frozen is not None:
                 self.executor.freeze(frozen)
-            port = self._port(stage, first, port)
+            heirs = stage.strategy.keeps and progress.phase > 0 and stages[progress.phase - 1].strategy.keeps
+            port = self._port(stage, first, port, heirs)
             if progress.start is not None:
                 port.restore(progress.port)
             last, counts = yield from self._phase(stage, problem, first, port, progress)
@@ -153,11 +154,12 @@ class _Training:
         self.world.export(progress.frozen, self.folder.path / "adapter")
         self.folder.write_model(self.world.final(progress.frozen))  # last: it says that the run is finished
 
-    def _port(self, stage: Phase, first: Params, before: SimPort | None) -> SimPort:
+    def _port(self, stage: Phase, first: Params, before: SimPort | None, heirs: bool) -> SimPort:
+        """The fleet of a phase, where the one `before` left it; `heirs`: with what devices kept of the model."""
         scenario, world = self.scenario, self.world
         port = SimPort(
             executor=self.executor,
-            fleet=scenario.fleet,
+            fleet=scenario.fleet_of(stage),
             labels=world.labels,
             sizes=world.data.sizes if stage.strategy.local.reads == "train" else calibration_sizes(world.problem),
             blank=stage.strategy.memory(world.problem, first),
@@ -167,6 +169,8 @@ class _Training:
         )
         if before is not None:
             port.continue_clock(before)
+            if heirs:
+                port.inherit(before)
         return port
 
     def _phase(
@@ -187,7 +191,7 @@ class _Training:
                 trained = time.perf_counter()
                 progress = replace(progress, counts=ledger.enter(progress.counts, progress.phase, last.received))
                 spent = last.version < stage.rounds and ledger.exhausted(progress.counts, progress.phase)
-                row = self._row(stage, problem, last, port, progress, spent)
+                row = self._row(stage, problem, last, first, port, progress, spent)
                 end = time.perf_counter()
                 self.folder.log("metrics", row)
                 self.folder.log("clients", _client_row(row["round"], last))
@@ -208,7 +212,7 @@ class _Training:
         reached = replace(progress, start=last, port=port.save())
         self.folder.save(progress.done + last.version, reached.save(), self.scenario.output.keep)
 
-    def _row(self, stage: Phase, problem: Problem, last: Round, port: SimPort, progress: _Progress, spent: bool) -> Row:
+    def _row(self, stage: Phase, problem: Problem, last: Round, first: Params, port: SimPort, progress: _Progress, spent: bool) -> Row:
         """Everything to be said of a round. `spent`: it is the last one, because the privacy budget does not allow another."""
         received, number = last.received, progress.done + last.version
         row: Row = {"round": number, "time": last.time}
@@ -231,13 +235,16 @@ class _Training:
         if spent:
             row["stopped"] = "the privacy budget is spent"
         if number % self.scenario.evaluate.every == 0 or last.version == stage.rounds or spent:
-            row |= self._scores(number, stage, problem, last.state, last.state.w, port)
+            row |= self._scores(number, stage, problem, last.state, first, port)
         return row
 
-    def _scores(self, number: int, stage: Phase, problem: Problem, state: Any, w: Params, port: SimPort | None) -> Row:
-        """Scores of what is deployed: the server's model on the test set, each client's own on its test data (logged one by one)."""
+    def _scores(self, number: int, stage: Phase, problem: Problem, state: Any, first: Params, port: SimPort | None) -> Row:
+        """Scores of what is deployed: on the test set what a client gets that never took part, on each client's test data its own model.
+
+        `first` is the model at the start of the phase. Before the first round there is no state. Clients' scores are logged one by one.
+        """
         data, strategy, batch = self.world.data, stage.strategy, self.scenario.evaluate.batch
-        shared = w if state is None or strategy.personal else strategy.deploy(state, strategy.memory(problem, w))
+        shared = first if state is None else strategy.deploy(state, strategy.memory(problem, first))
         on = "validation" if self.scenario.data.validation else "test"
         scores = evaluate(self.executor, problem, shared, len(data.test_x), batch, self.scenario.evaluate.classes)
         row = {f"{on}.{name}": _plain(value) for name, value in scores.items()}
