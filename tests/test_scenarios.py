@@ -55,6 +55,7 @@ PAPERS = [
     "krum",
     "median",
     "mifa",
+    "pfedpara",
     "pretrain",
     "scaffold",
     "server-finetune",
