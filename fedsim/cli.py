@@ -112,6 +112,44 @@ def run(
         _tell_run(folder, finished, as_json)
 
 
+@app.command()
+def deploy(
+    scenario: Annotated[str | None, typer.Argument(metavar="[SCENARIO]", help="A YAML file, or the name of one that comes along.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the Flower app there, with a README of the commands.")] = None,
+    local: Annotated[int | None, typer.Option(min=1, metavar="N", help="Run it here: a SuperLink and N SuperNodes on loopback.")] = None,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="With --local: the run folder. Default: runs/<name>/<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="With --local: go on with the run in this folder.")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a scenario to devices with Flower: write the app (--out), or run all of it on this machine (--local)."""
+    with _explained(verbose=verbose):
+        if (out is None) == (local is None):
+            _fail("give either --out DIR, to write the app, or --local N, to run it here", 2)
+        if (scenario is None) == (resume is None) or (resume is not None and (set_ or output)):
+            _fail("give either a SCENARIO, or --resume FOLDER, which goes on with the scenario in the folder", 2)
+        from fedsim.bundle import find_scenario
+
+        path = find_scenario(scenario) if scenario is not None else None
+        from fedsim.flower.bundle import write_app
+        from fedsim.flower.deploy import deploy_locally
+        from fedsim.folder import Folder
+        from fedsim.scenario import load
+
+        parsed, document = load(path or (resume or Path()) / "scenario.yaml", tuple(set_ or ()))
+        with _explained(document, verbose):
+            if out is not None:
+                print(f"Flower app: {write_app(parsed, out)}; {out / 'README.md'} says how to run it")
+                return
+            folder = Folder.open(resume) if resume is not None else Folder.create(output, parsed.name)
+            finished = folder.finished
+            if not finished and (code := deploy_locally(parsed, folder, local or 1, resume is not None, quiet or as_json, verbose)):
+                raise typer.Exit(code)
+            _tell_run(folder, finished, as_json)
+
+
 def _tell_run(folder: Folder, finished: bool, as_json: bool) -> None:
     """The result of a run."""
     from fedsim.console import headline, report, terminal
@@ -200,6 +238,40 @@ def report(
             _print_json({"reports": [str(page) for page in pages]})
         else:
             print(*(f"Report: {page}" for page in pages), sep="\n")
+
+
+@app.command()
+def audit(
+    target: Annotated[str, typer.Argument(metavar="RUN|SCENARIO", help="A run folder, or a scenario: a file or a name.")],
+    round_: Annotated[int, typer.Option("--round", metavar="R", help="The round, from 1.")] = 1,
+    client: Annotated[int | None, typer.Option(metavar="ID", help="The client. Default: the first that took part in the round.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of each attack.")] = 1000,
+    lr: Annotated[float, typer.Option(min=1e-9, help="Rate of the pictures.")] = 0.1,
+    a_lr: Annotated[float, typer.Option(min=1e-9, help="Rate of the surrogate's place a.")] = 1e-3,
+    start: Annotated[float, typer.Option(min=0, max=1, help="a at first: 0 is the first model, 1 the client's.")] = 0.5,
+    tv: Annotated[float, typer.Option(min=0, help="Weight of the total variation.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of the attacks' first guess.")] = 0,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. Default: in the run folder, or runs/audits.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Attack one client's update: reconstruct its pictures (SME and gradient inversion), and write a page that shows them."""
+    with _explained():
+        from fedsim import inspection
+        from fedsim.audit import Attack
+
+        how = Attack(iterations, lr, a_lr, tv, start)
+        page, name, facts, found = inspection.inspect(target, tuple(set_ or ()), round_, client, how, seed, output)
+        if as_json:
+            _print_json({"page": str(page), "of": name} | facts | {"methods": found.figures()})
+            return
+        from fedsim.console import plain_table, terminal
+        from fedsim.report.audit_page import table, verdict
+
+        figures = found.figures()
+        plain_table(terminal(), *table(figures))
+        print(verdict(figures))
+        print(f"Page: {page}")
 
 
 @app.command()

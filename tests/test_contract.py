@@ -92,6 +92,11 @@ STRATEGIES = {
     "fedstale known": Case(strategy("fedstale", local=LOCAL, beta=0.2, rates="known"), rounds=120),
     "fedvarp": Case(strategy("fedvarp", local=LOCAL), rounds=200),
     "fedawe": Case(strategy("fedawe", local=Sgd(lr=0.05, steps=2, batch_size=10)), rounds=250),
+    "fedadmm": Case(strategy("fedadmm", local=lookup(LocalProgram, "admm-sgd")(lr=0.1, steps=4, batch_size=10)), rounds=250),
+    "fedadmm solve": Case(strategy("fedadmm", local=lookup(LocalProgram, "admm-solve")()), rounds=200),
+    "fedadmm eliminated": Case(
+        strategy("fedadmm", local=lookup(LocalProgram, "admm-solve")(form="eliminated", continues=2), weights="samples"), rounds=200
+    ),
     "mifa": Case(strategy("mifa", local=LOCAL), rounds=200),
     "mifa wait": Case(strategy("mifa", local=LOCAL, wait=True), rounds=200),
     "fedlaw": Case(strategy("fedlaw", local=LOCAL), rounds=60, within=2e-2),

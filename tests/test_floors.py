@@ -30,7 +30,23 @@ FLOORS = [
     {"data", "models", "fleet", "metrics", "statistics"},
     {"sim", "audit"},
     {"document", "scenario", "world", "manifest", "experiment", "folder", "console", "overview"}
-    | {"wording", "bundle", "session", "study", "grid", "compare", "results", "report", "watch", "trackers", "ledger", "flower"},
+    | {
+        "wording",
+        "bundle",
+        "session",
+        "study",
+        "grid",
+        "compare",
+        "results",
+        "report",
+        "watch",
+        "trackers",
+        "ledger",
+        "replay",
+        "inspection",
+        "flower",
+        "runtime",
+    },
     {"cli"},
 ]
 ONE_ROOM = {0, 1, 2, 5}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.engine import Port, Received, Weigh, merge
+from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.fleet import ARRIVES, LOST, Fates, Fleet
 from fedsim.params import Params
 from fedsim.sim.clock import Clock, Events
@@ -33,7 +33,7 @@ ROWS = 1000
 """Devices whose memory is taken over at a time."""
 
 
-class SimPort(Port):
+class SimPort(RunPort):
     """Simulated clients: participation decides who is idle, the clock when they are back, an executor trains, a table is their memory.
 
     Training is lazy: nothing is trained that never arrives, and jobs train together when the first of them is due, also those of several
