@@ -61,6 +61,7 @@ PAPERS = [
     "local-only",
     "median",
     "mifa",
+    "pfedpara",
     "pretrain",
     "scaffold",
     "server-finetune",
