@@ -241,6 +241,40 @@ def report(
 
 
 @app.command()
+def audit(
+    target: Annotated[str, typer.Argument(metavar="RUN|SCENARIO", help="A run folder, or a scenario: a file or a name.")],
+    round_: Annotated[int, typer.Option("--round", metavar="R", help="The round, from 1.")] = 1,
+    client: Annotated[int | None, typer.Option(metavar="ID", help="The client. Default: the first that took part in the round.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of each attack.")] = 1000,
+    lr: Annotated[float, typer.Option(min=1e-9, help="Rate of the pictures.")] = 0.1,
+    a_lr: Annotated[float, typer.Option(min=1e-9, help="Rate of the surrogate's place a.")] = 1e-3,
+    start: Annotated[float, typer.Option(min=0, max=1, help="a at first: 0 is the first model, 1 the client's.")] = 0.5,
+    tv: Annotated[float, typer.Option(min=0, help="Weight of the total variation.")] = 0.01,
+    seed: Annotated[int, typer.Option(min=0, help="Of the attacks' first guess.")] = 0,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. Default: in the run folder, or runs/audits.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Attack one client's update: reconstruct its pictures (SME and gradient inversion), and write a page that shows them."""
+    with _explained():
+        from fedsim import inspection
+        from fedsim.audit import Attack
+
+        how = Attack(iterations, lr, a_lr, tv, start)
+        page, name, facts, found = inspection.inspect(target, tuple(set_ or ()), round_, client, how, seed, output)
+        if as_json:
+            _print_json({"page": str(page), "of": name} | facts | {"methods": found.figures()})
+            return
+        from fedsim.console import plain_table, terminal
+        from fedsim.report.audit_page import table, verdict
+
+        figures = found.figures()
+        plain_table(terminal(), *table(figures))
+        print(verdict(figures))
+        print(f"Page: {page}")
+
+
+@app.command()
 def watch(
     runs: Annotated[Path, typer.Argument(metavar="[RUNS]", help="The folder to look for runs in.")] = Path("runs"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8377,

@@ -223,3 +223,13 @@ def overview(console: Console, facts: dict[str, str], skew: list[tuple[str, ...]
         for row in skew:
             spread.add_row(*row)
         console.print(spread)
+
+
+def plain_table(console: Console, head: list[str], rows: list[list[str]]) -> None:
+    """A table of texts: words in the first column, numbers in the others."""
+    table = Table(header_style="bold")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

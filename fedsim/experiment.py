@@ -183,7 +183,7 @@ class _Training:
                 trained = time.perf_counter()
                 progress = replace(progress, counts=ledger.enter(progress.counts, progress.phase, last.received))
                 spent = last.version < stage.rounds and ledger.exhausted(progress.counts, progress.phase)
-                row = self._row(stage, problem, last, port, progress, spent)
+                row = self._row(stage, problem, last, first, port, progress, spent)
                 end = time.perf_counter()
                 self.folder.log("metrics", row)
                 self.folder.log("clients", _client_row(row["round"], last))
@@ -204,7 +204,7 @@ class _Training:
         reached = replace(progress, start=last, port=port.save())
         self.folder.save(progress.done + last.version, reached.save(), self.scenario.output.keep)
 
-    def _row(self, stage: Phase, problem: Problem, last: Round, port: RunPort, progress: _Progress, spent: bool) -> Row:
+    def _row(self, stage: Phase, problem: Problem, last: Round, first: Params, port: RunPort, progress: _Progress, spent: bool) -> Row:
         """Everything to be said of a round. `spent`: it is the last one, because the privacy budget does not allow another."""
         received, number = last.received, progress.done + last.version
         row: Row = {"round": number, "time": last.time}
@@ -227,14 +227,17 @@ class _Training:
         if spent:
             row["stopped"] = "the privacy budget is spent"
         if number % self.scenario.evaluate.every == 0 or last.version == stage.rounds or spent:
-            row |= self._scores(number, progress.phase, problem, last.state, last.state.w, port)
+            row |= self._scores(number, progress.phase, problem, last.state, first, port)
         return row
 
-    def _scores(self, number: int, phase: int, problem: Problem, state: Any, w: Params, port: RunPort | None) -> Row:
-        """Scores of what is deployed: the server's model on the test set, each client's own on its test data (logged one by one)."""
+    def _scores(self, number: int, phase: int, problem: Problem, state: Any, first: Params, port: RunPort | None) -> Row:
+        """Scores of what is deployed: on the test set what a client gets that never took part, on each client's test data its own model.
+
+        `first` is the model at the start of the phase. Before the first round there is no state. Clients' scores are logged one by one.
+        """
         stage = self.world.ledger.stages[phase]
         data, strategy, batch = self.world.data, stage.strategy, self.scenario.evaluate.batch
-        shared = w if state is None or strategy.personal else strategy.deploy(state, strategy.memory(problem, w))
+        shared = first if state is None else strategy.deploy(state, strategy.memory(problem, first))
         on = "validation" if self.scenario.data.validation else "test"
         scores = evaluate(self.executor, problem, shared, len(data.test_x), batch, self.scenario.evaluate.classes)
         row = {f"{on}.{name}": _plain(value) for name, value in scores.items()}

@@ -57,7 +57,7 @@ class Simulated(Runtime):
         scenario, world = self.scenario, self.world
         port = SimPort(
             executor=self.executor,
-            fleet=scenario.fleet,
+            fleet=scenario.fleet_of(stage),
             labels=world.labels,
             sizes=world.data.sizes if stage.strategy.local.reads == "train" else calibration_sizes(world.problem),
             blank=stage.strategy.memory(world.problem, first),
@@ -67,6 +67,8 @@ class Simulated(Runtime):
         )
         if before is not None:
             port.continue_clock(before)
+            if stage.strategy.keeps and world.ledger.stages[number - 1].strategy.keeps:
+                port.inherit(before)
         return port
 
     def score_clients(

@@ -33,6 +33,7 @@ PAPERS = [
     "dc-asgd",
     "fedadagrad",
     "fedadam",
+    "fedadmm",
     "fedamd",
     "fedasync",
     "fedau",

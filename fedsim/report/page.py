@@ -34,6 +34,13 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Rows of pictures under one another: the name of each, and its pictures as addresses that hold them."""
+
+    rows: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page. One without content is left out."""
 
@@ -43,11 +50,12 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     code: str = ""
+    grid: Grid | None = None
     closed: bool = False  # folded up at first
 
     @property
     def empty(self) -> bool:
-        return not (self.tables or self.figures or self.facts or self.code)
+        return not (self.tables or self.figures or self.facts or self.code or self.grid)
 
     @property
     def anchor(self) -> str:
