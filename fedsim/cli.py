@@ -112,6 +112,44 @@ def run(
         _tell_run(folder, finished, as_json)
 
 
+@app.command()
+def deploy(
+    scenario: Annotated[str | None, typer.Argument(metavar="[SCENARIO]", help="A YAML file, or the name of one that comes along.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the Flower app there, with a README of the commands.")] = None,
+    local: Annotated[int | None, typer.Option(min=1, metavar="N", help="Run it here: a SuperLink and N SuperNodes on loopback.")] = None,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="With --local: the run folder. Default: runs/<name>/<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="With --local: go on with the run in this folder.")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a scenario to devices with Flower: write the app (--out), or run all of it on this machine (--local)."""
+    with _explained(verbose=verbose):
+        if (out is None) == (local is None):
+            _fail("give either --out DIR, to write the app, or --local N, to run it here", 2)
+        if (scenario is None) == (resume is None) or (resume is not None and (set_ or output)):
+            _fail("give either a SCENARIO, or --resume FOLDER, which goes on with the scenario in the folder", 2)
+        from fedsim.bundle import find_scenario
+
+        path = find_scenario(scenario) if scenario is not None else None
+        from fedsim.flower.bundle import write_app
+        from fedsim.flower.deploy import deploy_locally
+        from fedsim.folder import Folder
+        from fedsim.scenario import load
+
+        parsed, document = load(path or (resume or Path()) / "scenario.yaml", tuple(set_ or ()))
+        with _explained(document, verbose):
+            if out is not None:
+                print(f"Flower app: {write_app(parsed, out)}; {out / 'README.md'} says how to run it")
+                return
+            folder = Folder.open(resume) if resume is not None else Folder.create(output, parsed.name)
+            finished = folder.finished
+            if not finished and (code := deploy_locally(parsed, folder, local or 1, resume is not None, quiet or as_json, verbose)):
+                raise typer.Exit(code)
+            _tell_run(folder, finished, as_json)
+
+
 def _tell_run(folder: Folder, finished: bool, as_json: bool) -> None:
     """The result of a run."""
     from fedsim.console import headline, report, terminal

@@ -137,6 +137,18 @@ class Port(ABC):
         """
 
 
+class RunPort(Port):
+    """A port of a run that may be interrupted."""
+
+    @abstractmethod
+    def save(self) -> dict[str, Any]:
+        """What a checkpoint needs, as a pytree."""
+
+    @abstractmethod
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Inverse of `save`."""
+
+
 @dataclass(frozen=True)
 class Round:
     """The world after `version` rounds. `received` is what came in during the last of them, `report` what the strategy says of it.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -20,19 +20,19 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.conformal import ConformalStrategy, OfClient, calibration_sizes
-from fedsim.engine import Received, Round, run
+from fedsim.conformal import ConformalStrategy, OfClient
+from fedsim.engine import Received, Round, RunPort, run
 from fedsim.errors import ScenarioError
 from fedsim.folder import Folder
 from fedsim.manifest import manifest
 from fedsim.metrics import Judged, coverage, mean, of_client, under_law
 from fedsim.params import Params
 from fedsim.problem import Problem
+from fedsim.runtime import Runtime, Simulated
 from fedsim.scenario import Phase, Scenario, dump_scenario
-from fedsim.sim.evaluate import evaluate, evaluate_clients, judge_sets
+from fedsim.sim.evaluate import evaluate, judge_sets
 from fedsim.sim.executor import Executor, Inline, Patience
 from fedsim.sim.pool import Cluster, RayPool
-from fedsim.sim.port import SimPort
 from fedsim.world import World
 
 Row = dict[str, Any]
@@ -54,16 +54,24 @@ def start(scenario: Scenario, world: World, folder: Folder) -> None:
     folder.write_manifest(manifest(scenario, world))
 
 
-def train(scenario: Scenario, world: World, folder: Folder, executor: Executor | None = None) -> Generator[Row, None, None]:
+def train(
+    scenario: Scenario,
+    world: World,
+    folder: Folder,
+    executor: Executor | None = None,
+    runtime: Callable[[Executor], Runtime] | None = None,
+) -> Generator[Row, None, None]:
     """Run the scenario, from the last checkpoint in `folder` if there is one. Yields a row of metrics a round; row 0 is the first model.
 
-    An `executor` that is given was opened for a scenario of this world, and stays open.
+    An `executor` that is given was opened for a scenario of this world, and stays open. A `runtime` says where the clients are, where they
+    are not simulated.
     """
     own = open_executor(scenario, world) if executor is None else executor
+    where = Simulated(scenario, world, own, folder.storage) if runtime is None else runtime(own)
     try:
         if executor is not None:
             own.freeze(world.problem.frozen)  # an earlier run may have left the model of a phase there
-        yield from _Training(scenario, world, folder, own).rounds()
+        yield from _Training(scenario, world, folder, where).rounds()
     finally:
         if executor is None:
             own.close()
@@ -121,7 +129,11 @@ class _Training:
     scenario: Scenario
     world: World
     folder: Folder
-    executor: Executor
+    runtime: Runtime
+
+    @property
+    def executor(self) -> Executor:
+        return self.runtime.executor
 
     def rounds(self) -> Generator[Row, None, None]:
         saved = self.folder.latest()
@@ -131,16 +143,16 @@ class _Training:
         if not saved:
             if self.world.problem.frozen is not None:
                 self.executor.freeze(self.world.problem.frozen)
-            row: Row = {"round": 0, "time": 0.0} | self._scores(0, stages[0], self.world.problem, None, self.world.w, None)
+            row: Row = {"round": 0, "time": 0.0} | self._scores(0, 0, self.world.problem, None, self.world.w, None)
             self.folder.log("metrics", row)
             yield row
-        port: SimPort | None = None
+        port: RunPort | None = None
         for stage in stages[progress.phase :]:
             frozen, first = self.world.enter(stage, progress.frozen)
             problem = replace(self.world.problem, frozen=frozen, storage=self.folder.storage)
             if frozen is not None:
                 self.executor.freeze(frozen)
-            port = self._port(stage, first, port)
+            port = self.runtime.port(progress.phase, stage, problem, first, port)
             if progress.start is not None:
                 port.restore(progress.port)
             last, counts = yield from self._phase(stage, problem, first, port, progress)
@@ -153,24 +165,8 @@ class _Training:
         self.world.export(progress.frozen, self.folder.path / "adapter")
         self.folder.write_model(self.world.final(progress.frozen))  # last: it says that the run is finished
 
-    def _port(self, stage: Phase, first: Params, before: SimPort | None) -> SimPort:
-        scenario, world = self.scenario, self.world
-        port = SimPort(
-            executor=self.executor,
-            fleet=scenario.fleet,
-            labels=world.labels,
-            sizes=world.data.sizes if stage.strategy.local.reads == "train" else calibration_sizes(world.problem),
-            blank=stage.strategy.memory(world.problem, first),
-            chunk=None if scenario.engine.chunk == "auto" else scenario.engine.chunk,
-            key=rng.fold(scenario.seed, rng.FLEET),
-            storage=self.folder.storage,
-        )
-        if before is not None:
-            port.continue_clock(before)
-        return port
-
     def _phase(
-        self, stage: Phase, problem: Problem, first: Params, port: SimPort, progress: _Progress
+        self, stage: Phase, problem: Problem, first: Params, port: RunPort, progress: _Progress
     ) -> Generator[Row, None, tuple[Round | None, dict[str, Tensor]]]:
         """The rounds of one phase, logged and checkpointed; returns the last (None: there was none) and the privacy account."""
         last, saved, ledger = progress.start, True, self.world.ledger
@@ -187,7 +183,7 @@ class _Training:
                 trained = time.perf_counter()
                 progress = replace(progress, counts=ledger.enter(progress.counts, progress.phase, last.received))
                 spent = last.version < stage.rounds and ledger.exhausted(progress.counts, progress.phase)
-                row = self._row(stage, problem, last, port, progress, spent)
+                row = self._row(stage, problem, last, first, port, progress, spent)
                 end = time.perf_counter()
                 self.folder.log("metrics", row)
                 self.folder.log("clients", _client_row(row["round"], last))
@@ -204,11 +200,11 @@ class _Training:
                 self._checkpoint(last, port, progress)
         raise AssertionError("run() never ends by itself")
 
-    def _checkpoint(self, last: Round, port: SimPort, progress: _Progress) -> None:
+    def _checkpoint(self, last: Round, port: RunPort, progress: _Progress) -> None:
         reached = replace(progress, start=last, port=port.save())
         self.folder.save(progress.done + last.version, reached.save(), self.scenario.output.keep)
 
-    def _row(self, stage: Phase, problem: Problem, last: Round, port: SimPort, progress: _Progress, spent: bool) -> Row:
+    def _row(self, stage: Phase, problem: Problem, last: Round, first: Params, port: RunPort, progress: _Progress, spent: bool) -> Row:
         """Everything to be said of a round. `spent`: it is the last one, because the privacy budget does not allow another."""
         received, number = last.received, progress.done + last.version
         row: Row = {"round": number, "time": last.time}
@@ -231,21 +227,23 @@ class _Training:
         if spent:
             row["stopped"] = "the privacy budget is spent"
         if number % self.scenario.evaluate.every == 0 or last.version == stage.rounds or spent:
-            row |= self._scores(number, stage, problem, last.state, last.state.w, port)
+            row |= self._scores(number, progress.phase, problem, last.state, first, port)
         return row
 
-    def _scores(self, number: int, stage: Phase, problem: Problem, state: Any, w: Params, port: SimPort | None) -> Row:
-        """Scores of what is deployed: the server's model on the test set, each client's own on its test data (logged one by one)."""
+    def _scores(self, number: int, phase: int, problem: Problem, state: Any, first: Params, port: RunPort | None) -> Row:
+        """Scores of what is deployed: on the test set what a client gets that never took part, on each client's test data its own model.
+
+        `first` is the model at the start of the phase. Before the first round there is no state. Clients' scores are logged one by one.
+        """
+        stage = self.world.ledger.stages[phase]
         data, strategy, batch = self.world.data, stage.strategy, self.scenario.evaluate.batch
-        shared = w if state is None or strategy.personal else strategy.deploy(state, strategy.memory(problem, w))
+        shared = first if state is None else strategy.deploy(state, strategy.memory(problem, first))
         on = "validation" if self.scenario.data.validation else "test"
         scores = evaluate(self.executor, problem, shared, len(data.test_x), batch, self.scenario.evaluate.classes)
         row = {f"{on}.{name}": _plain(value) for name, value in scores.items()}
         means: dict[str, np.ndarray] = {}
         if self.scenario.evaluate.clients:
-            personal = strategy.personal and port is not None
-            models = (lambda i: strategy.deploy(state, port.memory_of(i))) if personal and port else shared
-            spreads, means = evaluate_clients(self.executor, problem, models, data, batch)
+            spreads, means = self.runtime.score_clients(phase, stage, problem, state, shared, port)
             for name, spread in spreads.items():
                 # Best and worst, and fairness, are said of what one wants more of.
                 label, kinds = (SCORE, tuple(spread)) if name == "correct" else (name, ("mean", "weighted_mean", "std"))

@@ -171,6 +171,8 @@ def open_ledger(scenario: Scenario, sizes: np.ndarray) -> Ledger:
 def client_sampling(scenario: Scenario, sizes: np.ndarray) -> Spent | None:
     """How a round samples clients, as one use of a mechanism, where that is known to amplify privacy; else None: take part is counted."""
     participation, pace = scenario.fleet.participation, scenario.pace
+    if any(stage.participation is not None for stage in scenario.stages()):
+        return None  # phases differ in whom they ask
     cohort = pace.cohort if isinstance(pace, Sync) else None
     there = int((sizes > 0).sum())
     if isinstance(participation, Full):

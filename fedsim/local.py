@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -107,9 +107,9 @@ def tally(w: Params) -> Tensor:
     return first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
 
 
-def start(w: Params, anchored: bool, first: bool, second: bool) -> Learner:
-    """The carry before the first step."""
-    zero, empty = tally(w), Params({})
+def start(w: Params, anchored: bool, first: bool, second: bool, beside: Params | None = None) -> Learner:
+    """The carry before the first step. `w` may be empty where there are parameters `beside` it."""
+    zero, empty = tally(w | beside if beside else w), Params({})
     return Learner(w, w if anchored else empty, w.zeros() if first else empty, w.zeros() if second else empty, zero, zero, zero)
 
 
@@ -118,9 +118,16 @@ def counted(carry: Learner, batch: Batch, loss: Tensor) -> Learner:
     return replace(carry, loss=carry.loss + batch.n * loss, seen=carry.seen + batch.n)
 
 
+def whole(message: Params, memory: Any) -> Params:
+    """The model that a client begins with: what it received, and what it has of its own where a model is split."""
+    return message | memory if isinstance(memory, Params) else message
+
+
 def _reply(message: Params, carry: Learner) -> Reply:
-    """The model's change, and the mean training loss along the way."""
-    return Reply(carry.w - message, NOTHING, {"loss": (carry.loss, carry.seen)})
+    """The change of what was received, the client's own part as it is now, and the mean training loss along the way."""
+    own = {k: v for k, v in carry.w.items() if k not in message}
+    moved = Params({k: carry.w[k] for k in message}) if own else carry.w
+    return Reply(moved - message, Params(own) if own else NOTHING, {"loss": (carry.loss, carry.seen)})
 
 
 @register("sgd")
@@ -135,6 +142,8 @@ class Sgd(LocalProgram):
     Momentum starts at zero in every round.
     """
 
+    joins: ClassVar[bool] = True
+
     lr: Annotated[float, Gt(0)] = 0.05
     epochs: Count = 1
     steps: Count | None = None
@@ -147,7 +156,7 @@ class Sgd(LocalProgram):
     schedule: Schedule = Constant()
 
     def begin(self, problem: Problem, message: Params, memory: Any) -> Learner:
-        return start(message, self.proximal > 0, self.momentum > 0, second=False)
+        return start(whole(message, memory), self.proximal > 0, self.momentum > 0, second=False)
 
     def step(self, problem: Problem, carry: Learner, batch: Batch, draws: Draws, passname: str) -> Learner:
         g, loss = problem.grad(carry.w, batch, draws)
@@ -190,6 +199,8 @@ class Adam(LocalProgram):
     Moments start at zero in every round. `proximal` and `clip` as in `sgd`.
     """
 
+    joins: ClassVar[bool] = True
+
     lr: Annotated[float, Gt(0)] = 1e-3
     epochs: Count = 1
     steps: Count | None = None
@@ -204,7 +215,7 @@ class Adam(LocalProgram):
     schedule: Schedule = Constant()
 
     def begin(self, problem: Problem, message: Params, memory: Any) -> Learner:
-        return start(message, self.proximal > 0, first=True, second=True)
+        return start(whole(message, memory), self.proximal > 0, first=True, second=True)
 
     def step(self, problem: Problem, carry: Learner, batch: Batch, draws: Draws, passname: str) -> Learner:
         g, loss = problem.grad(carry.w, batch, draws)

@@ -49,8 +49,12 @@ def facts(scenario: Scenario, world: World) -> dict[str, str]:
         steps = count_steps(program, sizes) * len(program.passes)
         label = "strategy" if scenario.phases is None else f"phase {i + 1}"
         out[label] = f"{type(strategy).registered_name} over {type(program).registered_name}, {stage.rounds} rounds"
+        w = world.enter(stage, None)[1]
+        if names := strategy.owned(world.problem, w):
+            own = sum(w[name].numel() for name in names)
+            out[f"{label}, own"] = f"{own:,} of {w.size:,} parameters stay with their client: {', '.join(names)}"
         down, up = _message_bytes(stage, world, key)
-        cohort = expected_cohort(scenario, data.clients, world.labels)
+        cohort = expected_cohort(scenario, data.clients, world.labels, stage)
         out[f"{label}, a round"] = (
             f"{cohort:.1f} clients, {steps.min()} to {steps.max()} steps each (mean {steps.mean():.1f}), "
             f"{size(down * cohort)} down, {size(up * cohort)} up"

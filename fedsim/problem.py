@@ -187,6 +187,7 @@ class Problem:
         calibration: calibration examples of each client, `[N]` float32, or None where the scenario keeps none.
         rates: the true share of rounds in which each client takes part, `[N]` float32, or None where the platform does not know it.
         frozen: the model that an earlier phase deployed, or None. Where only adapters are trained, everything else is in here.
+        held: parameters that are in every output and have no gradient: see `holding`.
         storage: where tables with a row for each client are kept.
         inputs: shape and range of an input, which a server knows from how its clients prepare their data; None for tokens.
         version: how many server updates the model at hand has behind it; schedules look at it. 0-dim float.
@@ -202,6 +203,7 @@ class Problem:
     calibration: Tensor | None = None
     rates: Tensor | None = None
     frozen: Params | None = None
+    held: Params | None = None
     storage: Storage = IN_RAM
     inputs: Inputs | None = None
     version: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -229,15 +231,18 @@ class Problem:
         """The problem as seen by a client that received model `version`."""
         return replace(self, version=torch.full_like(self.version, version))
 
+    def holding(self, held: Params) -> Problem:
+        """The problem in the other parameters, with these held as they are: `holding(u).grad(v, batch)` is the gradient in v of f(u, v)."""
+        return replace(self, held=held)
+
     def draws(self, batch: int) -> dict[str, Draw]:
         """What one training step on a batch of this size draws."""
         return {name: Draw(d.kind, (batch, *d.shape)) for name, d in self.example_draws.items()}
 
     def output(self, w: Params, x: Tensor, draws: Draws | None = None) -> Tensor:
         """The network's output. Without `draws` the network is in evaluation: dropout is off. `[B, ...] -> [B, ...]`."""
-        if self.adapted:
-            return self.network({**self.frozen, **w, **(draws or {})}, x)  # type: ignore[dict-item]
-        return self.network({**w, **(draws or {})}, x)
+        under = {**(self.frozen or {}), **(self.held or {})} if self.adapted else self.held or {}
+        return self.network({**under, **w, **(draws or {})}, x)
 
     def loss(self, w: Params, batch: Batch, draws: Draws | None = None) -> Tensor:
         """Mean loss over the examples of a batch, padding excluded: a scalar."""

@@ -88,18 +88,19 @@ def thaw(value: Any) -> Any:
 
 
 @contextmanager
-def in_flower(key: Key) -> Iterator[None]:
+def in_flower(key: Key, quiet: bool = True) -> Iterator[None]:
     """A place in which Flower's classes find what they look for, in any process.
 
-    Messages can be made, as if by a server; Python's and NumPy's own generators start at `key`, and are afterwards where they were; and
-    Flower's log of every round is left out, but for errors.
+    Messages can be made, as if by a server; Python's and NumPy's own generators start at `key`, and are afterwards where they were.
+    `quiet`: Flower's log of every round is left out, but for errors.
     """
     from flwr.common.constant import SUPERLINK_NODE_ID
     from flwr.supercore.task_identity import TaskIdentity
 
     logger, who = logging.getLogger("flwr"), ("_task_id", "_run_id", "_node_id")
     before = logger.level, random.getstate(), np.random.get_state(), [getattr(TaskIdentity, name) for name in who]  # noqa: NPY002
-    logger.setLevel(logging.ERROR)
+    if quiet:
+        logger.setLevel(logging.ERROR)
     random.seed(fold(key, 1))
     np.random.seed(fold(key, 2) & 0xFFFFFFFF)  # noqa: NPY002  (what Flower's classes draw from)
     for name, value, known in zip(who, (1, 1, SUPERLINK_NODE_ID), before[3], strict=True):

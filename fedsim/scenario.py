@@ -10,7 +10,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,7 +27,7 @@ from fedsim.conformal import ConformalStrategy, Target
 from fedsim.data import Data
 from fedsim.document import Document, Path_, parse
 from fedsim.errors import FedsimError, ScenarioError
-from fedsim.fleet import Fleet
+from fedsim.fleet import Fleet, Participation
 from fedsim.models import Model
 from fedsim.pace import Pace, Sync
 from fedsim.privacy import Accountant, Protection
@@ -42,12 +42,16 @@ from fedsim.wrapper import Wrapper
 class Phase:
     """A strategy and for how many rounds it runs. It starts from the model that the phase before it deployed.
 
+    Where both keep a part of the model on the clients (fedalt, local-only, ...), clients come with what they kept.
+
     adapt: of a model with adapters, whether they are what is trained; false = all weights are, and adapters come later.
+    participation: who is available in this phase, where that is not as in the fleet's: `full` lets a last fine-tuning reach everybody.
     """
 
     strategy: Strategy
     rounds: Annotated[int, Gt(0)]
     adapt: bool = True
+    participation: Participation | None = None
 
 
 @section
@@ -161,6 +165,10 @@ class Scenario:
         assert self.strategy is not None
         assert self.rounds is not None  # `faults` has seen to it
         return (Phase(self.strategy, self.rounds),)
+
+    def fleet_of(self, stage: Phase) -> Fleet:
+        """The fleet in a phase."""
+        return self.fleet if stage.participation is None else replace(self.fleet, participation=stage.participation)
 
 
 def faults(scenario: Scenario) -> Iterator[ScenarioError]:

@@ -52,7 +52,7 @@ def train(scenario: Scenario, world: World, folder: Folder, quiet: bool = False,
     from fedsim import experiment
 
     rounds = sum(stage.rounds for stage in scenario.stages())
-    display = _display(rounds, quiet, verbose)
+    display = display_of(rounds, quiet, verbose)
     row: Row = {}
     try:
         with interruptible("round") as interrupted, closing(experiment.train(scenario, world, folder)) as trained:
@@ -94,7 +94,8 @@ def compare(plan: Plan, folder: Path, quiet: bool = False, verbose: bool = False
     return 0
 
 
-def _display(rounds: int, quiet: bool, verbose: bool) -> Display:
+def display_of(rounds: int, quiet: bool, verbose: bool) -> Display:
+    """The display that fits what was asked for, and the terminal."""
     console = terminal()
     if quiet:
         return Silent()

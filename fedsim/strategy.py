@@ -91,6 +91,7 @@ class LocalProgram(Kind, ABC):
     passes: ClassVar[tuple[str, ...]] = ("train",)  # named passes over the data, each of `epochs` or `steps`
     reads: ClassVar[Literal["train", "calibration"]] = "train"  # which of a client's data
     receives: ClassVar[type] = Params  # the type of message it begins with; a strategy that sends another cannot run it
+    joins: ClassVar[bool] = False  # whether it trains what memory holds of a model that is split, and keeps it there: see `fedsim.split`
     epochs: int
     steps: int | None
     batch_size: int | None
@@ -140,6 +141,7 @@ class Strategy(Kind, ABC):
     recalls: ClassVar[bool] = False  # whether `server` is told the message that each client began with (`updates.started`)
     asks: ClassVar[bool] = True  # whether clients' data are used at all
     personal: ClassVar[bool] = False  # whether `deploy` gives each client a model of its own
+    keeps: ClassVar[bool] = False  # whether clients come with what they kept of the model in the phase before
     local: LocalProgram
 
     @property
@@ -166,6 +168,10 @@ class Strategy(Kind, ABC):
     def deploy(self, state: Any, memory: Any) -> Params:
         """What a client runs, and what is evaluated. Default: the server's model."""
         return state.w
+
+    def owned(self, problem: Problem, w: Params) -> tuple[str, ...]:
+        """Names of the parameters of which each client has its own, and sends nothing. Raises `FedsimError` where that fits none."""
+        return ()
 
     def protects(self) -> Protection | None:
         """What protects each client in the state. Default: nothing does."""

@@ -87,6 +87,11 @@ class Table(Leaf):
         return Table(self._blank, self._store, place)
 
     @property
+    def blank(self) -> Any:
+        """The row of a client never written to."""
+        return self._blank
+
+    @property
     def written(self) -> np.ndarray:
         """Which clients have a row of their own, `[N]` bool."""
         return np.asarray(self._place >= 0)

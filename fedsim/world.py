@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim import rng
 from fedsim.conformal import ConformalStrategy
 from fedsim.data import Federation, count_steps
-from fedsim.errors import ScenarioError
+from fedsim.errors import FedsimError, ScenarioError
 from fedsim.fleet import Full, Uniform
 from fedsim.ledger import Ledger, open_ledger
 from fedsim.models import Adapt, Fitted, realise, trained, vmappable
@@ -151,6 +151,8 @@ def adapt(world: World, scenario: Scenario) -> World:
         if "rates" in stage.strategy.needs and rates is None:
             where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
             raise ScenarioError(where, f"{stage.strategy.registered_name} {_UNKNOWN_RATES}")
+        where = "strategy" if scenario.phases is None else f"phases.{i}.strategy"
+        _check_owned(world, ledger.stages[: i + 1], where)
         if isinstance(stage.strategy, ConformalStrategy):  # before anything trains
             stage.strategy.check(world.problem, f"phases.{i}.strategy")
     target = scenario.evaluate.target
@@ -166,6 +168,20 @@ def adapt(world: World, scenario: Scenario) -> World:
     world = replace(world, problem=replace(world.problem, rates=rates, frozen=frozen), ledger=ledger, w=w)
     world = replace(world, seconds=_estimate(scenario, world))
     return replace(world, workers=_count_workers(scenario, world))
+
+
+def _check_owned(world: World, stages: tuple[Phase, ...], where: str) -> None:
+    """Raise where the last of these phases wants parameters that there are not, or forgets what clients keep from the one before."""
+    before, last = stages[-2] if len(stages) > 1 else None, stages[-1]
+    try:
+        names = last.strategy.owned(world.problem, world.enter(last, None)[1])
+    except FedsimError as error:
+        raise ScenarioError(f"{where}.own", str(error)) from None
+    if before is None or not (before.strategy.keeps and last.strategy.keeps):
+        return
+    lost = sorted(set(before.strategy.owned(world.problem, world.enter(before, None)[1])) - set(names))
+    if lost:
+        raise ScenarioError(f"{where}.own", f"leaves out {lost[0]}, which clients keep from the phase before; let it cover that")
 
 
 def _count_workers(scenario: Scenario, world: World) -> int:
@@ -194,7 +210,7 @@ def _chunk_bytes(scenario: Scenario, world: World) -> int:
     frozen, w = world.enter(stage, None)
     problem = replace(world.problem, frozen=frozen)
     sizes = world.data.sizes.numpy()
-    count = min(len(sizes), _chunk_size(scenario, world))
+    count = min(len(sizes), _chunk_size(scenario, world, stage))
     largest = np.sort(np.argsort(-sizes, kind="stable")[:count])
     (job, *_) = strategy.plan(problem, strategy.init(problem, w), largest, key)
     ids = order(job.program, sizes, job.ids)
@@ -202,20 +218,23 @@ def _chunk_bytes(scenario: Scenario, world: World) -> int:
     return footprint(replace(world.trainer(), problem=problem), job.program, job.message, Chunk(ids, 0, key, memory, None))
 
 
-def _chunk_size(scenario: Scenario, world: World) -> int:
+def _chunk_size(scenario: Scenario, world: World, stage: Phase) -> int:
     if scenario.engine.chunk != "auto":
         return scenario.engine.chunk
-    return default_chunk(math.ceil(expected_cohort(scenario, world.data.clients, world.labels)), world.mode)
+    return default_chunk(math.ceil(expected_cohort(scenario, world.data.clients, world.labels, stage)), world.mode)
 
 
 _UNKNOWN_RATES = (
     "needs the true participation probability of each client, which is not known under this fleet and pace; take a participation other "
-    "than a trace without repeat, the pace 'sync' without over-selection and timeout, and a cohort limit with 'full' or 'uniform' only"
+    "than a trace without repeat, the same in all phases, the pace 'sync' without over-selection and timeout, and a cohort limit with "
+    "'full' or 'uniform' only"
 )
 
 
 def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tensor | None:
     """The share of rounds in which each client takes part, a mean over the run (over its first thousand rounds), or None if unknown."""
+    if any(stage.participation is not None for stage in scenario.stages()):
+        return None
     participation = scenario.fleet.participation
     state = participation.start(clients, labels, rng.fold(scenario.seed, rng.FLEET))
     rounds = min(1000, sum(stage.rounds for stage in scenario.stages()))
@@ -251,13 +270,13 @@ def _estimate(scenario: Scenario, world: World) -> float:
         steps = float(count_steps(program, sizes).mean()) * len(program.passes)
         batch = min(program.batch_size or math.inf, float(sizes.mean()))
         each = steps * (3 * flops * batch / 5e9 + 3e-4)  # 5 GFLOP/s and 0.3 ms a step: a slow core
-        seconds += stage.rounds * stage.strategy.asks * expected_cohort(scenario, data.clients, labels) * each
+        seconds += stage.rounds * stage.strategy.asks * expected_cohort(scenario, data.clients, labels, stage) * each
     return seconds
 
 
-def expected_cohort(scenario: Scenario, clients: int, labels: np.ndarray | None) -> float:
-    """About how many clients take part in a round: the mean over the first few."""
-    key, participation = rng.fold(scenario.seed, rng.FLEET), scenario.fleet.participation
+def expected_cohort(scenario: Scenario, clients: int, labels: np.ndarray | None, stage: Phase) -> float:
+    """About how many clients take part in a round of a phase: the mean over the first few."""
+    key, participation = rng.fold(scenario.seed, rng.FLEET), scenario.fleet_of(stage).participation
     state = participation.start(clients, labels, key)
     counts = []
     for t in range(10):

@@ -63,6 +63,13 @@ class Wrapper(Strategy, ABC):
     def personal(self) -> bool:  # type: ignore[override]
         return self.inner.personal
 
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return self.inner.keeps
+
+    def owned(self, problem: Problem, w: Params) -> tuple[str, ...]:
+        return self.inner.owned(problem, w)
+
     sends: ClassVar[type] = Params
 
     @property

@@ -150,6 +150,17 @@ class Dp(WeightedStrategy):
         return self.inner.local
 
     @property
+    def personal(self) -> bool:  # type: ignore[override]
+        return self.inner.personal
+
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return self.inner.keeps
+
+    def owned(self, problem: Problem, w: Params) -> tuple[str, ...]:
+        return self.inner.owned(problem, w)
+
+    @property
     def needs(self) -> frozenset[str]:
         return self.inner.needs | (frozenset() if self.cohort is not None else {"rates"})
 

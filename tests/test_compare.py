@@ -415,6 +415,7 @@ STUDIES = {
     "asynchrony": 15,
     "byzantine": 45,
     "conformal_weights": 25,
+    "factors": 9,
     "participation": 35,
     "proxy": 40,
     "quick": 12,

@@ -47,6 +47,8 @@ def conformal(name: str, program: str, counting: int | None = None, **fields) ->
 
 
 LOCAL = Sgd(lr=0.1, steps=4, batch_size=10)
+ALONE = lookup(LocalProgram, "own-sgd")(lr=0.1, steps=4, batch_size=10)
+TURNS = lookup(LocalProgram, "alternating-sgd")(lr=0.1, steps=4, batch_size=10)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ STRATEGIES = {
         rounds=200,
     ),
     "dp-lora": Case(strategy("dp-lora", local=LOCAL)),  # without adapters it is an average; tests/test_dp_lora.py has the rest
+    "fedalt": Case(strategy("fedalt", local=TURNS, own="bias"), rounds=90),
+    "fedalt uniform": Case(strategy("fedalt", local=TURNS, own="bias", weights="uniform", server_lr=0.8), rounds=120),
+    "fedsim": Case(strategy("fedsim", local=LOCAL, own="bias"), rounds=90),
+    "fedsim alone": Case(strategy("fedsim", local=LOCAL, own=".*"), rounds=400, within=1e-4),
+    "pfedpara": Case(strategy("pfedpara", local=LOCAL, own="bias"), rounds=90),
+    "local-only": Case(strategy("local-only", local=ALONE), rounds=400, within=1e-4),
+    "ditto": Case(strategy("ditto", local=lookup(LocalProgram, "ditto-sgd")(lr=0.1, lam=0.5, steps=4, batch_size=10)), rounds=200),
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),
     "flower fedavg": Case(strategy("flower", local=LOCAL)),
     "flower fedavgm": Case(strategy("flower", cls="FedAvgM", args={"server_learning_rate": 0.5, "server_momentum": 0.5}, local=LOCAL)),
@@ -142,14 +151,25 @@ def test_every_registered_strategy_has_a_row_and_every_row_a_pace():
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    """A federation of twelve clients of unequal size that share one optimum, with no noise: every sound strategy finds it."""
-    made = build(scenario(STRATEGIES["fedavg"].strategy))
+def worlds() -> dict[bool, World]:
+    """A federation of twelve clients of unequal size that share one optimum, with no noise: every sound strategy finds it.
+
+    For strategies that give each client a model of its own (True), the model has a bias, which is zero at the optimum.
+    """
+    made = {personal: build(scenario(STRATEGIES["fedavg"].strategy, bias=personal)) for personal in (False, True)}
     # The data that clients train on are those that they calibrate on, and the model of an earlier phase is the initial one.
-    return replace(made, problem=replace(made.problem, calibration=made.problem.sizes, frozen=made.w))
+    return {k: replace(one, problem=replace(one.problem, calibration=one.problem.sizes, frozen=one.w)) for k, one in made.items()}
 
 
-def scenario(chosen: Strategy, seed: int = 0) -> Scenario:
+@pytest.fixture
+def world(request, worlds) -> World:
+    """The federation for the strategy at hand."""
+    given = request.node.callspec.params
+    case = given["case"] if "case" in given else STRATEGIES[given["name"]]
+    return worlds[case.strategy.personal]
+
+
+def scenario(chosen: Strategy, seed: int = 0, bias: bool = False) -> Scenario:
     return Scenario(
         name="contract",
         seed=seed,
@@ -159,7 +179,7 @@ def scenario(chosen: Strategy, seed: int = 0) -> Scenario:
             clients=12,
             proxy=Proxy(source="test", size=40),
         ),
-        model=lookup(Model, "logreg")(bias=False),
+        model=lookup(Model, "logreg")(bias=bias),
         fleet=Fleet(lookup(Participation, "uniform")(clients=8)),
         strategy=chosen,
         rounds=1,
@@ -180,6 +200,15 @@ def rounds(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode=
     return next(itertools.islice(run(chosen, world.problem, world.w, port, pace, rng.fold(seed, 1000), start), count - 1, None))
 
 
+def models(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode="vmap", seed=0) -> list:
+    """What clients run after some rounds: the server's model, or each one's own."""
+    port = port_of(chosen, world, mode, seed, pace)
+    state = rounds(chosen, world, count, pace, port=port, seed=seed).state
+    if not chosen.personal:
+        return [state.w]
+    return [chosen.deploy(state, port.memory_of(i)) for i in range(world.data.clients)]
+
+
 def tensors(state) -> list[torch.Tensor]:
     """Everything a state holds, the rows of its tables included."""
     return list(tree.dump(state)[0].values())
@@ -192,13 +221,20 @@ def same_bits(a, b) -> bool:
 
 @every_strategy
 def test_reaches_the_known_optimum(case, pace, world):
-    state = rounds(case.strategy, world, case.rounds, pace).state
     if isinstance(case.strategy, ConformalStrategy):
-        return reaches_the_quantile(case, state, world)
-    w = state.w
-    distance = (next(iter(w.values())) - world.data.optimum).norm().item()
-    assert (next(iter(world.w.values())) - world.data.optimum).norm() > 1
-    assert distance < case.within
+        return reaches_the_quantile(case, rounds(case.strategy, world, case.rounds, pace).state, world)
+    assert (weight_of(world.w) - world.data.optimum).norm() > 1
+    for i, w in enumerate(models(case.strategy, world, case.rounds, pace)):
+        if not case.strategy.personal or world.data.sizes[i] >= ENOUGH:
+            assert (weight_of(w) - world.data.optimum).norm().item() < case.within
+
+
+ENOUGH = 20
+"""Examples from which a client alone finds the optimum soon."""
+
+
+def weight_of(w) -> torch.Tensor:
+    return next(value for name, value in w.items() if name.endswith("weight"))
 
 
 def reaches_the_quantile(case, state, world):
@@ -220,14 +256,17 @@ def reaches_the_quantile(case, state, world):
 
 @every_strategy
 def test_stacked_equals_one_by_one(case, pace, world):
-    stacked, single = (rounds(case.strategy, world, 5, pace, mode).state for mode in ("vmap", "loop"))
+    stacked, single = (
+        [rounds(case.strategy, world, 5, pace, mode).state, models(case.strategy, world, 5, pace, mode)] for mode in ("vmap", "loop")
+    )
     for a, b in zip(tensors(stacked), tensors(single), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @every_strategy
 def test_resumed_equals_straight(case, pace, world):
-    straight = rounds(case.strategy, world, 6, pace).state
+    whole = port_of(case.strategy, world, pace=pace)
+    straight = rounds(case.strategy, world, 6, pace, port=whole).state
     port = port_of(case.strategy, world, pace=pace)
     half = rounds(case.strategy, world, 3, pace, port=port)
     saved = tree.load(*tree.dump({"state": half.state, "port": port.save()}))
@@ -236,13 +275,15 @@ def test_resumed_equals_straight(case, pace, world):
     resumed = rounds(case.strategy, world, 3, pace, port=fresh, start=Round(3, saved["state"], half.received)).state
     assert pace.paced == "sync" or len(port.save()["clock"]["groups"]) > 0  # something was under way
     assert same_bits(resumed, straight)
+    assert same_bits(fresh.save()["memory"], whole.save()["memory"])
 
 
 @every_strategy
 def test_same_key_same_bits_and_another_seed_other_bits(case, pace, world):
-    first, again, other = (rounds(case.strategy, world, 3, pace, seed=s).state for s in (0, 0, 1))
-    if not isinstance(case.strategy, ConformalStrategy):  # they leave the model as it is
-        first, again, other = first.w, again.w, other.w
+    if isinstance(case.strategy, ConformalStrategy):  # they leave the model as it is
+        first, again, other = (rounds(case.strategy, world, 3, pace, seed=s).state for s in (0, 0, 1))
+    else:
+        first, again, other = (models(case.strategy, world, 3, pace, seed=s) for s in (0, 0, 1))
     assert same_bits(first, again)
     assert not same_bits(first, other)
 

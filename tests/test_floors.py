@@ -24,6 +24,7 @@ FLOORS = [
         "lowrank",
         "private",
         "records",
+        "split",
     },
     {"engine", "pace"},
     {"data", "models", "fleet", "metrics", "statistics"},
@@ -44,6 +45,7 @@ FLOORS = [
         "replay",
         "inspection",
         "flower",
+        "runtime",
     },
     {"cli"},
 ]

@@ -193,7 +193,7 @@ class Trainer:
         program, message = job
         problem = replace(self.problem.at(chunk.version), taped=self.mode == "loop" and not self.compile)
         chunk = replace(chunk, memory=tree_map(lambda leaf: leaf.to(self.x.device), chunk.memory))
-        feeds = [self._feed(problem, program, chunk, p) for p in range(len(program.passes))]
+        feeds = [self._feed(problem, program, chunk, p) for p in reversed(range(len(program.passes)))]
         execute = self._one_by_one if self.mode == "loop" else self._stacked
         try:
             return execute(problem, program, message, chunk, feeds)
@@ -342,7 +342,7 @@ def _sum_up(reply: Reply, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
     accepted = _accepted(chunk, refusals)
     ok = torch.from_numpy(accepted)
     good = Reply(payload, reply.memory, reply.metrics)
-    good = rows(good, ok.to(tree_leaves(payload)[0].device)) if refusals else good
+    good = rows(good, ok.to(tree_leaves(good)[0].device)) if refusals else good
     total = None
     if chunk.weight is not None and accepted.any():
         weight = chunk.weight[ok]
@@ -362,6 +362,8 @@ def _sum_up(reply: Reply, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
 def _arrived(payload: Any, harm: Harm | None) -> tuple[Any, dict[int, str]]:
     """Payloads `[C, ...]` as they arrive, and which of them are refused, for what reason."""
     refusals = {} if harm is None else refused(payload, harm)
+    if not tree_leaves(payload):
+        return payload, refusals  # nothing is sent
     payload = payload if harm is None else sent(payload, harm)
     ok = finite(payload)
     if not bool(ok.all()):
@@ -384,7 +386,10 @@ def _examples(feeds: list[Feed]) -> int:
 
 
 def _pass_keys(chunk: Chunk, p: int, domain: int) -> rng.Keys:
-    """One key for each client in pass `p`: in the domain DATA for batches, CLIENT for what steps draw. `[C]`."""
+    """One key for each client in pass `p`, counted from the last: in the domain DATA for batches, CLIENT for what steps draw. `[C]`.
+
+    So the last pass has the batches of a program with a single pass, whatever comes before it.
+    """
     return rng.fold_each(rng.fold_each(rng.fold_each(chunk.key, chunk.ids), np.array([p])), np.array([domain]))
 
 

@@ -43,7 +43,11 @@ def evaluate_clients(
     """
     lists = data.client_test
     sums = _shared(executor, models, data, batch) if isinstance(models, Params) else _personal(problem, models, data)
-    counts = lists.sizes.astype(np.float64)  # [N]
+    return spread(sums, lists.sizes.astype(np.float64))
+
+
+def spread(sums: dict[str, np.ndarray], counts: np.ndarray) -> tuple[dict[str, Score], dict[str, np.ndarray]]:
+    """What sums over each client's examples `[N]`, of which there are `counts` `[N]`, say of the clients, and of each."""
     with np.errstate(invalid="ignore"):
         means = {name: values / counts for name, values in sums.items()}  # nan where a client has no test data
     return {name: across_clients(values, counts) for name, values in means.items()}, means

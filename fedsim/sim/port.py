@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.engine import Port, Received, Weigh, merge
+from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.fleet import ARRIVES, LOST, Fates, Fleet
+from fedsim.params import Params
 from fedsim.sim.clock import Clock, Events
 from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
 from fedsim.sim.executor import Executor, Failure
@@ -28,8 +29,11 @@ from fedsim.types import Arrivals, Job, Metrics, Updates
 # What is drawn of the port's key, folded after it (`sim/harm.py` has the next numbers).
 _DEVICES = 11
 
+ROWS = 1000
+"""Devices whose memory is taken over at a time."""
 
-class SimPort(Port):
+
+class SimPort(RunPort):
     """Simulated clients: participation decides who is idle, the clock when they are back, an executor trains, a table is their memory.
 
     Training is lazy: nothing is trained that never arrives, and jobs train together when the first of them is due, also those of several
@@ -258,8 +262,19 @@ class SimPort(Port):
 
     def continue_clock(self, before: SimPort) -> None:
         """Take up time and availability where another port left them: a later phase meets the same fleet. What was under way is void."""
-        self._t, self._participation = before._t, before._participation
+        self._t = before._t
+        if self._fleet.participation == before._fleet.participation:
+            self._participation = before._participation
         self._clock = Clock(before.time)
+
+    def inherit(self, before: SimPort) -> None:
+        """Let devices remember what they kept of a model at another port, and have the rest as fresh ones do."""
+        old, new = (port._memory.blank for port in (before, self))
+        if not isinstance(old, Params) or not isinstance(new, Params) or not old:
+            return
+        written = np.flatnonzero(before._memory.written)
+        for ids in np.array_split(written, max(1, len(written) // ROWS)):
+            self._memory = self._memory.put(ids, self._memory.get(ids) | before._memory.get(ids))
 
     def save(self) -> dict[str, Any]:
         """What a checkpoint needs: the clock, everything that is under way, who is where, and what devices remember."""

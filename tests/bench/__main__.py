@@ -1,4 +1,4 @@
-"""`python -m tests.bench CASE... [--against flower,pfl,bare,crowded,central]`, and `python -m tests.bench profile|memory|scaling CASE`."""
+"""`python -m tests.bench CASE... [--against flower,grid,pfl,bare,...]`, and `python -m tests.bench profile|memory|scaling CASE`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.bench.contest import ROOT, Run, RunFailed, Settings, contest, overhea
 from tests.bench.machine import facts
 from tests.bench.table import show_case, show_machine
 
-PEERS = ("flower", "pfl", "bare", "crowded", "central")
-NEEDS = {"flower": "flwr", "pfl": "pfl"}
+PEERS = ("flower", "grid", "pfl", "bare", "crowded", "central")
+NEEDS = {"flower": "flwr", "grid": "flwr", "pfl": "pfl"}
 
 
 def main() -> int:

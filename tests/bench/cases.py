@@ -42,6 +42,7 @@ CASES = {
         Case("logreg-100", {"name": "logreg"}, cohort=100, steps=5, batch=20, rounds=20),
         Case("mlp-10", {"name": "mlp", "hidden": [200]}, cohort=10, steps=30, batch=20, rounds=20),
         Case("mlp-100", {"name": "mlp", "hidden": [200]}, cohort=100, steps=30, batch=20),
+        Case("mlp-1000", {"name": "mlp", "hidden": [200]}, cohort=50, steps=5, batch=20, clients=1000, examples=100),
         Case("lenet-10", {"name": "lenet5"}, cohort=10, steps=30, batch=20),
         Case("pfl-cifar10", {"name": "pfl-cnn"}, cohort=50, steps=5, batch=10, clients=1000, examples=50, shape=(3, 32, 32), rounds=5),
     )

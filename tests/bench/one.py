@@ -21,6 +21,7 @@ from tests.bench.cases import CASES, Clock
 CONTESTANTS = {
     "ours": ("tests.bench.ours", "measure"),
     "flower": ("tests.bench.flower", "measure"),
+    "grid": ("tests.bench.grid", "measure"),
     "pfl": ("tests.bench.pfl", "measure"),
     "bare": ("tests.bench.bare", "measure"),
     "crowded": ("tests.bench.bare", "measure_crowded"),

@@ -1,0 +1,179 @@
+"""The nodes of a run, seen from the server: who is there, which clients each holds, and messages to and fro over Flower's `Grid`.
+
+Flower's own `send_and_receive` asks for answers every three seconds; here it is every `poll` seconds. A node is known by the clients that
+it holds, so results do not depend on Flower's node ids, which are random.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.errors import FedsimError
+from fedsim.flower.orders import DESCRIBE, Answer, Description, Order
+from fedsim.flower.wire import Malformed
+
+LOOK = 2.0
+"""Seconds between looks at which nodes are there."""
+
+
+@dataclass
+class Nodes:
+    """The nodes behind a grid.
+
+    Attributes:
+        grid: Flower's way to them.
+        clients: N, how many clients the scenario has.
+        poll: seconds between looks for answers.
+        patience: seconds after which a message without an answer counts as lost.
+        here: nodes that are connected now, and have said who they are.
+        said: what each node that ever said so said of itself.
+    """
+
+    grid: Grid
+    clients: int
+    poll: float = 0.2
+    patience: float = 600.0
+    here: set[int] = field(default_factory=set)
+    said: dict[int, Description] = field(default_factory=dict)
+    _asked: dict[str, int] = field(default_factory=dict)
+    _silent: set[int] = field(default_factory=set)
+    _said_before: set[str] = field(default_factory=set)
+    _looked: float = -1e9
+
+    def __post_init__(self) -> None:
+        self._home = np.full(self.clients, -1, dtype=np.int64)  # which entry of `_order` holds each client
+        self._order: list[int] = []
+        self.sizes, self.calibration, self.tests = (np.zeros(self.clients, dtype=np.int64) for _ in range(3))
+
+    def look(self, now: bool = False) -> None:
+        """See who is there, ask those who are new which clients they hold, and note who has said so."""
+        if not now and time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        connected = set(self.grid.get_node_ids())
+        new = connected - set(self.said) - set(self._asked.values()) - self._silent
+        for node in sorted(new):
+            if (number := self.push(node, RecordDict(), DESCRIBE, "0")) is not None:
+                self._asked[number] = node
+        self.here &= connected
+        for number, message in self.pull(self._asked).items():
+            self._note(self._asked.pop(number), message)
+        self.here = connected & set(self.said)
+
+    def _note(self, node: int, message: Message) -> None:
+        """What a node says of itself. One that makes no sense, or claims clients of another, is left alone; an error may be over soon."""
+        if message.has_error():
+            self._say(f"a node does not say which clients it holds: {_reason(message)}")
+            return
+        try:
+            description = Description.of(content(message), self.clients)
+            homes = {int(i): self._order[self._home[i]] for i in description.ids if self._home[i] >= 0}
+            taken = [i for i, home in homes.items() if home in self.here and home != node]
+            if taken:
+                raise Malformed(f"node claims clients {taken[:5]}, which another node holds")
+        except FedsimError as error:
+            self._say(f"a node is left alone: {error}")
+            self._silent.add(node)
+            return
+        self.said[node] = description
+        self.here.add(node)
+        self._order.append(node)
+        ids = description.ids
+        self._home[ids] = len(self._order) - 1
+        self.sizes[ids], self.calibration[ids], self.tests[ids] = description.sizes, description.calibration, description.tests
+
+    def _say(self, what: str) -> None:
+        """Print something, once."""
+        if what not in self._said_before:
+            self._said_before.add(what)
+            print(what, flush=True)
+
+    def doubt(self, node: int) -> None:
+        """A node has not answered: it is not here until it says again who it is. Flower itself takes a while to notice that one is gone."""
+        self.said.pop(node, None)
+        self.here.discard(node)
+
+    @property
+    def held(self) -> np.ndarray:
+        """Which clients are at a node that is here, `[N]` bool."""
+        here = np.array([node in self.here for node in self._order] + [False])
+        return here[self._home]
+
+    def by_node(self, ids: np.ndarray) -> dict[int, np.ndarray]:
+        """Clients by the node that holds them, in the order of their first clients."""
+        homes = self._home[ids]
+        _, first = np.unique(homes, return_index=True)
+        return {self._order[homes[place]]: ids[homes == homes[place]] for place in np.sort(first) if homes[place] >= 0}
+
+    def gather(self, count: int, seconds: float) -> None:
+        """Wait until `count` nodes are here (0 = until all clients are held), at most so long. Raises if nobody came at all."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.look(now=True)
+            if len(self.here) >= count if count else self.held.all():
+                return
+            time.sleep(self.poll)
+        if not self.here:
+            raise FedsimError(f"no node has come within {seconds:g} seconds; start SuperNodes, see the README of the app")
+
+    def push(self, node: int, records: RecordDict, kind: str, group: str) -> str | None:
+        """Send a message; its number, or None if it could not be sent."""
+        try:
+            (number, *_) = [*self.grid.push_messages([Message(records, node, kind, group_id=group, ttl=self.patience)]), None]
+        except Exception as error:  # the network's, HTTP's, the SuperLink's: a run outlives them all
+            print(f"a message could not be sent: {type(error).__name__}: {error}", flush=True)
+            return None
+        return number or None
+
+    def pull(self, numbers: Iterable[str]) -> dict[str, Message]:
+        """The answers that have come to some messages, by the message's number."""
+        numbers = list(numbers)
+        if not numbers:
+            return {}
+        try:
+            messages = list(self.grid.pull_messages(numbers))
+        except Exception as error:
+            print(f"answers could not be fetched, and will be asked for again: {type(error).__name__}: {error}", flush=True)
+            return {}
+        return {m.metadata.reply_to_message_id: m for m in messages if m.metadata.reply_to_message_id in set(numbers)}
+
+    def evaluate(self, order: Order, strategy: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Sums over the test examples of the order's clients `{name: [N]}`, and how many each has, `[N]`; 0 where nobody answered."""
+        out: dict[str, tuple[int, np.ndarray]] = {}
+        for node, ids in self.by_node(order.ids).items():
+            mine = Order(ids, order.message, None, order.version, order.key, order.phase, order.clients, order.frozen)
+            if node in self.here and (number := self.push(node, mine.records(), mine.kind, str(order.version))) is not None:
+                out[number] = (node, ids)
+        sums: dict[str, np.ndarray] = {}
+        counts, end = np.zeros(self.clients), time.monotonic() + self.patience
+        while out and time.monotonic() < end:
+            for number, message in self.pull(out).items():
+                _, ids = out.pop(number)
+                try:
+                    answer = Answer.of(content(message), ids, None, strategy, order.version)
+                except FedsimError as error:
+                    print(f"clients {ids[:5].tolist()} are not evaluated: {error}", flush=True)
+                    continue
+                for name, (value, weight) in answer.metrics.items():
+                    sums.setdefault(name, np.zeros(self.clients))[answer.ids] = value.numpy()
+                    counts[answer.ids] = weight.numpy()
+            if out:
+                time.sleep(self.poll)
+        return sums, counts
+
+
+def content(message: Message) -> RecordDict:
+    """What is in a message. Raises `Malformed` with the reason where it is an error."""
+    if message.has_error():
+        raise Malformed(_reason(message))
+    return message.content
+
+
+def _reason(message: Message) -> str:
+    return f"error {message.error.code}: {' '.join(str(message.error.reason).split())[:300]}"

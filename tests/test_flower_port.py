@@ -1,0 +1,261 @@
+"""Rounds over Flower's grid, with nodes in this process: the simulation's numbers, and a run that nothing from outside can stop."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
+from safetensors.torch import load_file
+
+from fedsim import experiment, session
+from fedsim.errors import FedsimError
+from fedsim.flower.client_app import client_app
+from fedsim.flower.server_app import Settings, run
+from fedsim.folder import Folder
+from fedsim.scenario import load
+from tests.near_grid import NearGrid
+
+SCENARIO = """\
+name: deployed
+seed: 5
+data: {source: digits, clients: 7, client_test: 0.4, calibration: 0.5, partition: {name: dirichlet, alpha: 0.5}, \
+proxy: {source: train, size: 50}}
+model: {name: mlp, hidden: [16]%(adapt)s}
+fleet: {participation: {name: bernoulli, rates: {name: constant, mean: 0.7}}}
+pace: %(pace)s
+%(strategy)s
+evaluate: {clients: true}
+engine: {workers: 0}
+output: {checkpoint: 1}
+"""
+SGD = "local: {name: sgd, lr: 0.05, batch_size: 16}"
+STRATEGIES = {
+    "fedavg": f"{{name: fedavg, {SGD}}}",
+    "fedau": f"{{name: fedau, {SGD}}}",
+    "fedlaw": f"{{name: fedlaw, {SGD}}}",
+    "fedstale": f"{{name: fedstale, {SGD}}}",
+    "scaffold": "{name: scaffold, local: {name: scaffold-sgd, lr: 0.05, batch_size: 16}}",
+    "dp-lora": "{name: dp-lora, local: {name: dp-lora-batch, noise: 0.0, lr: 0.05}}",
+}
+NODES = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
+QUICK = Settings(poll=0.001, wait=5.0, quiet=True)
+
+
+def written(tmp_path, strategy="fedavg", pace="sync", rounds=3, phases=None):
+    adapt = ", adapt: {name: lora, rank: 2}" if strategy == "dp-lora" else ""
+    text = f"phases: {phases}" if phases else f"strategy: {STRATEGIES[strategy]}\nrounds: {rounds}"
+    path = tmp_path / "scenario.yaml"
+    path.write_text(SCENARIO % {"strategy": text, "pace": pace, "adapt": adapt})
+    return path
+
+
+def deploy(tmp_path, path, name="deployed", configs=NODES, settings=QUICK, **grid):
+    settings = dataclasses.replace(settings, output=str(tmp_path / name))
+    near = NearGrid(client_app(path), configs, **grid)
+    return run(path, near, settings), near
+
+
+def simulate(tmp_path, path, name="simulated"):
+    scenario, _ = load(path)
+    world, folder = session.begin(scenario, tmp_path / name)
+    for _ in experiment.train(scenario, world, folder):
+        pass
+    folder.unlock()
+    return folder
+
+
+def rows(folder: Folder):
+    return [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(one: Folder, two: Folder, within=1e-5):
+    """Models within 1e-5, and equal rows but for the time."""
+    a, b = (load_file(folder.path / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert float((a[name] - b[name]).abs().max()) <= within, name
+    first, second = rows(one), rows(two)
+    assert len(first) == len(second)
+    for x, y in zip(first, second, strict=True):
+        assert x.keys() == y.keys()
+        for name in x.keys() - {"time"}:
+            assert x[name] == pytest.approx(y[name], abs=2e-4), (x["round"], name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nodes_give_the_simulation_s_model_and_metrics(tmp_path, strategy):
+    path = written(tmp_path, strategy)
+    same_run(deploy(tmp_path, path)[0], simulate(tmp_path, path))
+
+
+def test_phases_and_prediction_sets_on_nodes_are_those_of_the_simulation(tmp_path):
+    path = written(tmp_path, phases=f"[{{strategy: {STRATEGIES['fedavg']}, rounds: 2}}, {{strategy: conformal, rounds: 1}}]")
+    folder, grid = deploy(tmp_path, path)
+    same_run(folder, simulate(tmp_path, path))
+    assert "coverage.marginal" in rows(folder)[-1] or any(name.startswith("coverage.") for name in rows(folder)[-1])
+    sent = [m for m in grid.pushed if "frozen" in m.content]
+    kinds = {m.metadata.message_type for m in grid.pushed}
+    assert kinds == {"query.describe", "train", "train.calibrate", "evaluate"}
+    assert sent
+    assert all(m.content["config"]["phase"] == 1 for m in sent)
+
+
+@pytest.mark.parametrize("pace", ["{name: buffered, concurrency: 4, buffer: 2}", "{name: deadline, seconds: 20}"])
+def test_other_paces_train_on_nodes_too(tmp_path, pace):
+    folder, _ = deploy(tmp_path, written(tmp_path, pace=pace, rounds=12))
+    last = rows(folder)[-1]
+    assert last["round"] == 12
+    assert last["test.loss"] < rows(folder)[0]["test.loss"] - 0.2
+
+
+def reshaped(records, name="0"):
+    arrays = dict(records["arrays"].items())
+    first = next(iter(arrays))
+    return arrays, first
+
+
+def wrong_shape(records):
+    arrays, first = reshaped(records)
+    arrays[first] = Array(np.zeros((1, 1), dtype=np.float32))
+    return altered(records, arrays=ArrayRecord(arrays))
+
+
+def scaled(factor):
+    def spoil(records):
+        arrays, first = reshaped(records)
+        arrays[first] = Array(arrays[first].numpy() * np.float32(factor))
+        return altered(records, arrays=ArrayRecord(arrays))
+
+    return spoil
+
+
+def lacking(records):
+    arrays, first = reshaped(records)
+    del arrays[first]
+    return altered(records, arrays=ArrayRecord(arrays))
+
+
+def config(**changes):
+    return lambda records: altered(records, config=ConfigRecord(dict(records["config"].items()) | changes))
+
+
+def altered(records, **changes):
+    return RecordDict(dict(records.items()) | changes)
+
+
+SPOILT = {
+    "wrong shape": (wrong_shape, "rejected", "update has float32"),
+    "NaN": (scaled(float("nan")), "rejected", "update is not finite"),
+    "huge": (scaled(1e6), "rejected", "update is longer than 50"),
+    "missing keys": (lacking, "rejected", "update lacks"),
+    "foreign strategy": (config(strategy="krum"), "rejected", "strategy 'krum', not to 'fedavg'"),
+    "another version": (config(version=77), "rejected", "version 77"),
+    "other clients": (config(clients=[0, 1]), "rejected", "not that of the clients that were asked"),
+    "no arrays": (lambda records: RecordDict({k: v for k, v in records.items() if k != "arrays"}), "rejected", "no ArrayRecord"),
+    "no metrics": (lambda records: RecordDict({k: v for k, v in records.items() if k != "metrics"}), "rejected", "no MetricRecord"),
+    "nothing at all": (lambda records: RecordDict(), "rejected", "no ConfigRecord"),
+    "nonsense for numbers": (config(clients=["a"]), "rejected", "cannot be read"),
+    "an error": (lambda records: Error(2, "<class 'ValueError'>:<'no'>"), "lost", "the client program failed"),
+    "a node that left": (lambda records: Error(5, "gone"), "lost", "the node is gone"),
+    "silence": (lambda records: None, "lost", "no answer within"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_is_malformed_is_counted_with_its_reason_and_the_run_goes_on(tmp_path, case):
+    spoil, kind, reason = SPOILT[case]
+    path = written(tmp_path)
+    settings = dataclasses.replace(QUICK, limit=50.0, patience=0.5)
+    folder, _ = deploy(tmp_path, path, settings=settings, spoil=lambda node, turn, records: spoil(records) if node == 101 else records)
+    found = rows(folder)[1:]
+    assert len(found) == 3
+    assert sum(row[kind] for row in found) > 0
+    assert sum(row["participants"] for row in found) > 0
+    said = [why for row in found for why in row.get(f"{kind}_clients", {})]
+    assert said
+    assert all(reason in why for why in said), said
+    assert all({i % 3 for i in who} == {1} for row in found for who in row.get(f"{kind}_clients", {}).values())
+    model = load_file(folder.path / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
+
+
+def test_nodes_come_and_go(tmp_path):
+    """Node 101 leaves in its second round; node 103 brings its clients back later."""
+    path = written(tmp_path, rounds=6)
+    near: list[NearGrid] = []
+
+    def spoil(node, turn, records):
+        grid = near[0]
+        if node == 101 and turn == 1:
+            grid.nodes[101].gone = True
+            return Error(5, "gone")
+        if node == 100 and turn == 3:
+            grid.nodes[103] = grid.node(103, NODES[1])
+        return records
+
+    settings = dataclasses.replace(QUICK, output=str(tmp_path / "run"))
+    near.append(NearGrid(client_app(path), NODES, spoil))
+    import fedsim.flower.nodes as nodes
+
+    before, nodes.LOOK = nodes.LOOK, 0.0
+    try:
+        folder = run(path, near[0], settings)
+    finally:
+        nodes.LOOK = before
+    taken = [set(json.loads(line)["ids"]) for line in (folder.path / "clients.jsonl").read_text().splitlines()]
+    absent = [not any(i % 3 == 1 for i in ids) for ids in taken]
+    assert not absent[0]
+    assert any(absent[1:-1])
+    assert near[0].nodes[103].seen > 0
+
+
+def test_two_nodes_cannot_hold_one_client(tmp_path, capsys):
+    path = written(tmp_path, rounds=1)
+    folder, _ = deploy(tmp_path, path, configs=[*NODES, {"clients": "0,1"}], settings=dataclasses.replace(QUICK, nodes=3))
+    assert "which another node holds" in capsys.readouterr().out
+    assert folder.finished
+
+
+def test_without_nodes_it_says_what_to_do(tmp_path):
+    with pytest.raises(FedsimError, match="start SuperNodes"):
+        deploy(tmp_path, written(tmp_path), configs=[], settings=dataclasses.replace(QUICK, wait=0.1))
+
+
+def test_a_deployed_run_goes_on_where_it_was_left(tmp_path):
+    path = written(tmp_path, "fedau", rounds=5)
+    straight, _ = deploy(tmp_path, path, "straight")
+
+    class Cut(Exception):
+        pass
+
+    def cut(node, turn, records):
+        if node == 100 and turn == 3:
+            raise KeyboardInterrupt
+        return records
+
+    with pytest.raises(KeyboardInterrupt):
+        deploy(tmp_path, path, "cut", spoil=cut)
+    assert 0 < rows(Folder(tmp_path / "cut"))[-1]["round"] < 5
+    resumed, _ = deploy(tmp_path, path, "cut", settings=dataclasses.replace(QUICK, resume=True))
+    same_run(resumed, straight)
+    with pytest.raises(FedsimError, match="finished"):
+        deploy(tmp_path, path, "cut", settings=dataclasses.replace(QUICK, resume=True))
+
+
+def test_the_seed_does_not_decide_noise_that_protects(tmp_path):
+    """Client level (the server's noise) and example level (the clients'): two deployed runs of one seed differ, two simulations do not."""
+    for strategy in (
+        f"{{name: dp, inner: {{name: fedavg, {SGD}, weights: uniform}}, clip: 1.0, noise: 1.0}}",
+        "{name: fedavg, local: {name: dp-sgd, lr: 0.05, noise: 1.0, clip: 1.0, batch_size: 16, steps: 2}}",
+    ):
+        path = written(tmp_path, phases=f"[{{strategy: {strategy}, rounds: 1}}]")
+        text = path.read_text().replace("fleet: ", "privacy: {delta: 1.0e-5}\nfleet: ")
+        path.write_text(text)
+        here = tmp_path / str(abs(hash(strategy)))
+        here.mkdir()
+        models = [load_file(deploy(here, path, name)[0].path / "model.safetensors") for name in ("one", "two")]
+        again = [load_file(simulate(here, path, name).path / "model.safetensors") for name in ("three", "four")]
+        assert not any(torch.equal(models[0][name], models[1][name]) for name in models[0])
+        assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
