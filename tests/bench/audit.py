@@ -1,8 +1,8 @@
 """`python -m tests.bench.audit [ROW...]`: what one update of a convolutional network gives away, and what takes it back.
 
 A client of Fashion-MNIST with four pictures trains a LeNet with strided convolutions and tanh for one round from the first model; the
-server attacks its change by gradient inversion and by SME on the same budget, and guesses blindly the mean of the test set. PSNR in dB, SSIM, and
-seconds of an attack, means over `--seeds` (another model, other clients). Rows: one full-batch step, local epochs, and defences on them.
+server attacks its change by gradient inversion and by SME on the same budget, and guesses blindly the mean of the test set. PSNR in dB,
+SSIM, and seconds of an attack, means over `--seeds` (another model, other clients). Rows: one full-batch step, local epochs, and defences.
 """
 
 from __future__ import annotations
