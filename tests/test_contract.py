@@ -143,9 +143,13 @@ ROWS = [
 every_strategy = pytest.mark.parametrize(("case", "pace"), ROWS)
 
 
+ELSEWHERE = {"fedperfix"}
+"""It needs a transformer: tests/test_fedperfix.py has it equal to `fedsim`, which has rows, bit for bit."""
+
+
 def test_every_registered_strategy_has_a_row_and_every_row_a_pace():
     ours = {name for name, cls in Strategy.choices.items() if cls.__module__.startswith("strategies.") and cls.asks}
-    assert {type(case.strategy).registered_name for case in STRATEGIES.values()} == ours
+    assert {type(case.strategy).registered_name for case in STRATEGIES.values()} == ours - ELSEWHERE
     assert len(ROWS) == sum(len(case.strategy.paces) for case in STRATEGIES.values())
     assert set(Pace.choices) == set(PACES)
 
