@@ -113,6 +113,7 @@ STRATEGIES = {
     "fedalt uniform": Case(strategy("fedalt", local=TURNS, own="bias", weights="uniform", server_lr=0.8), rounds=120),
     "fedsim": Case(strategy("fedsim", local=LOCAL, own="bias"), rounds=90),
     "fedsim alone": Case(strategy("fedsim", local=LOCAL, own=".*"), rounds=400, within=1e-4),
+    "pfedpara": Case(strategy("pfedpara", local=LOCAL, own="bias"), rounds=90),
     "local-only": Case(strategy("local-only", local=ALONE), rounds=400, within=1e-4),
     "ditto": Case(strategy("ditto", local=lookup(LocalProgram, "ditto-sgd")(lr=0.1, lam=0.5, steps=4, batch_size=10)), rounds=200),
     "feddf": Case(strategy("feddf", local=LOCAL, tune=Sgd(lr=0.1, epochs=2))),

@@ -56,6 +56,7 @@ PAPERS = [
     "krum",
     "median",
     "mifa",
+    "pfedpara",
     "pretrain",
     "scaffold",
     "server-finetune",
