@@ -68,8 +68,7 @@ def test_fedbuff_on_real_nodes_converges(federation, tmp_path):
 
 
 SPOILS = """
-import os
-
+import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 honest = client

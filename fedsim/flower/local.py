@@ -201,9 +201,9 @@ class Federation:
 
     def run(self, app: Path, **settings: Any) -> subprocess.Popen[bytes]:
         """Run an app; the process ends with the run, and prints what its server prints into the log `run`."""
-        config = " ".join(
-            f'{name}="{value}"' if isinstance(value, (str, Path)) else f"{name}={_plain(value)}" for name, value in settings.items()
-        )
+        if "run" in self.processes:
+            self.stop("run")
+        config = " ".join(f"{name}={_plain(value)}" for name, value in settings.items())
         with open(self.folder / "run.log", "ab") as log:
             self.processes["run"] = self.flwr("run", app, NAME, "--stream", "-c", config, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         return self.processes["run"]
