@@ -15,7 +15,7 @@ from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.errors import FedsimError
 from fedsim.fleet import Participation
 from fedsim.flower.device import LACKS_FROZEN
-from fedsim.flower.nodes import Nodes, content
+from fedsim.flower.nodes import UNREACHED, Nodes, content
 from fedsim.flower.orders import Answer, Order
 from fedsim.flower.wire import faults
 from fedsim.problem import Problem
@@ -157,6 +157,8 @@ class FlowerPort(RunPort):
             why = str(message.error.reason)
             if LACKS_FROZEN in why:
                 self._has.discard(out.node)
+            if message.error.code in UNREACHED:
+                self._nodes.doubt(out.node)
             self._lose(order.ids, _in_words(message.error.code, why))
             return
         try:
