@@ -196,7 +196,8 @@ class FlowerPort(RunPort):
         device = self._problem.version.device
         payload = tree_map(lambda leaf: leaf.to(device), concat([each.payload for each in taken]))
         started = concat([tree_map(lambda leaf: torch.as_tensor(leaf)[None], each.message) for each in taken]) if recall else None
-        updates = Updates(arrivals, payload, started)
+        alike = all(each.metrics.keys() == taken[0].metrics.keys() for each in taken)
+        updates = Updates(arrivals, payload, started, concat([each.metrics for each in taken]) if alike else None)
         received = Received(
             arrivals=arrivals,
             updates=None if weigh else updates,
