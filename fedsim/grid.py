@@ -135,6 +135,11 @@ def _put_strategy(document: Document, study: Document, label: str) -> None:
     """Let the document's strategy be the study's under `label`, with the client program of the one before where it says nothing else."""
     outer, before = _innermost(document.values.get("strategy"))
     local = before.get("local") if isinstance(before, dict) else None
+    if isinstance(study.values["strategies"][label], list):  # phases, which say themselves how long they are
+        for name in ("strategy", "rounds"):
+            document.values.pop(name, None)
+        document.graft(("phases",), study, ("strategies", label))
+        return
     shared = {k[len(outer) + 1 :]: v for k, v in document.lines.items() if k[: len(outer) + 2] == ("strategy", *outer, "local")}
     document.graft(("strategy",), study, ("strategies", label))
     if isinstance(document.values["strategy"], str):

@@ -213,8 +213,8 @@ def _misfits(strategy: Strategy, scenario: Scenario, where: str, first: bool) ->
     program, below = type(strategy.local), strategy
     while isinstance(below, Wrapper):  # the program is a field of the innermost
         below, where = below.inner, f"{where}.inner"
-    if program.receives is not strategy.sends:
-        fitting = sorted(n for n, p in LocalProgram.choices.items() if p.receives is strategy.sends)  # type: ignore[attr-defined]
+    if not _fits(program, strategy):
+        fitting = sorted(n for n, p in LocalProgram.choices.items() if _fits(p, strategy))
         yield ScenarioError(f"{where}.local", f"{program.registered_name} does not run under {name}; these do: {', '.join(fitting)}")
     if "calibration" in strategy.needs and not scenario.data.calibration:
         yield ScenarioError(
@@ -226,6 +226,11 @@ def _misfits(strategy: Strategy, scenario: Scenario, where: str, first: bool) ->
         yield ScenarioError(where, f"{name} calibrates the model of an earlier phase, and there is none; e.g. {example}")
     if "adapters" in strategy.needs and scenario.model.adapt is None:
         yield ScenarioError(where, f"{name} trains adapters; add model.adapt, e.g. {{name: lora, rank: 8}}")
+
+
+def _fits(program: type[LocalProgram], strategy: Strategy) -> bool:
+    """Whether a program knows what to do with a strategy's messages, and finds in memory what it needs."""
+    return program.receives is strategy.sends and (strategy.personal or not program.remembers)
 
 
 def _unaccountable(scenario: Scenario) -> Iterator[ScenarioError]:

@@ -92,6 +92,7 @@ class LocalProgram(Kind, ABC):
     reads: ClassVar[Literal["train", "calibration"]] = "train"  # which of a client's data
     receives: ClassVar[type] = Params  # the type of message it begins with; a strategy that sends another cannot run it
     joins: ClassVar[bool] = False  # whether it trains what memory holds of a model that is split, and keeps it there: see `fedsim.split`
+    remembers: ClassVar[bool] = False  # whether it runs only under a strategy whose clients have (a part of) a model of their own
     epochs: int
     steps: int | None
     batch_size: int | None

@@ -61,7 +61,7 @@ class Study:
     study: its name.
     asks: what one wants to know, in a sentence.
     scenario: what all cells share: a file, a name that comes with fedsim, or a scenario written out.
-    strategies: label to strategy. What `local` leaves out comes from the scenario's own program.
+    strategies: label to strategy, or to a list of phases. What a strategy's `local` leaves out comes from the scenario's own program.
     seeds: how many (1, 2, ...), or which.
     set: fields of the scenario to override, by dotted path.
     over: fields of the scenario to vary, each with its values; all combinations.

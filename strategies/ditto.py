@@ -64,6 +64,7 @@ class DittoSgd(LocalProgram):
     """SGD on a client's own model, pulled towards the received one by `lam`, then on the received one: runs under `ditto` only."""
 
     passes: ClassVar[tuple[str, ...]] = ("personal", "shared")
+    remembers: ClassVar[bool] = True
 
     lr: Annotated[float, Gt(0)] = 0.05
     personal_lr: Annotated[float, Gt(0)] | None = None  # null: lr

@@ -55,6 +55,7 @@ class AlternatingSgd(LocalProgram):
 
     passes: ClassVar[tuple[str, ...]] = ("personal", "shared")
     joins: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     lr: Annotated[float, Gt(0)] = 0.05
     personal_lr: Annotated[float, Gt(0)] | None = None  # null: lr
@@ -102,7 +103,7 @@ class AlternatingSgd(LocalProgram):
 class FedAlt(SplitStrategy):
     """Clients keep a part of the model, trained in turns with the shared part (Pillutla et al., ICML 2022)."""
 
-    local: LocalProgram = AlternatingSgd()
+    local: AlternatingSgd = AlternatingSgd()
     own: Own = "output"
     weights: Weighting = "samples"
     server_lr: Annotated[float, Gt(0)] = 1.0

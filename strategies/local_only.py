@@ -45,6 +45,7 @@ class OwnSgd(LocalProgram):
     """SGD on a client's own parameters only, the shared ones held. Sends nothing."""
 
     joins: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     lr: Annotated[float, Gt(0)] = 0.05
     epochs: Count = 1

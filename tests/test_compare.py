@@ -18,6 +18,7 @@ from fedsim.cli import app
 from fedsim.compare import Event, compare
 from fedsim.document import InvalidScenario
 from fedsim.errors import FedsimError
+from fedsim.fleet import Full
 from fedsim.grid import Plan, load_study
 from fedsim.report import tables, write_report
 from fedsim.report.comparison import Comparison, check_pairing
@@ -409,6 +410,15 @@ def test_a_study_from_the_command_line_alone(tmp_path: Path, monkeypatch: pytest
     )
 
 
+def test_a_strategy_may_be_a_list_of_phases() -> None:
+    cells = {cell.label: cell for cell in load_study(bundled_studies()["studies/personal_har"]).cells() if cell.seed == 2}
+    phases = cells["fedalt"].scenario.phases
+    assert [(type(phase.strategy).registered_name, phase.rounds) for phase in phases] == [("fedavg", 30), ("fedalt", 30), ("local-only", 1)]
+    assert phases[2].participation == Full()
+    assert {cell.scenario.data for cell in cells.values()} == {cells["fedavg"].scenario.data}
+    assert all(cell.scenario.strategy is None and cell.scenario.rounds is None for cell in cells.values())
+
+
 STUDIES = {
     "aggregation": 48,
     "anchors": 12,
@@ -417,6 +427,8 @@ STUDIES = {
     "conformal_weights": 25,
     "factors": 9,
     "participation": 35,
+    "personal_har": 24,
+    "personal_vit": 18,
     "proxy": 40,
     "quick": 12,
     "robustness": 30,

@@ -62,6 +62,7 @@ ROWS = [
     Row("vgg16-gn", (3, 32, 32), 10, 15_253_578),
     Row("cnn1d", (9, 128), 6, 274_822),
     Row("vit", (3, 32, 32), 10, 142_026),
+    Row("prefix-vit", (3, 32, 32), 10, 142_026 + 4 * (65 * 40 + 41 * 128)),
     Row("char-transformer", (80,), 90, 116_826, vocabulary=90),
     Row("char-lstm", (80,), 90, 215_082, vocabulary=90),
     Row("text-classifier", (64,), 4, 199_428, vocabulary=2000),
@@ -75,6 +76,7 @@ MORE = [  # other sizes and fields
     Row("resnet20-gn", (1, 8, 8), 10, 269_434, spec=(("groups", 4),)),
     Row("mlp", (5,), 2, 12, spec=(("hidden", ()),)),
     Row("vit", (1, 28, 28), 10, 139_018, spec=(("dropout", 0.1),)),
+    Row("prefix-vit", (3, 32, 32), 10, 142_026 + 4 * 65 * 128, spec=(("form", "linear"), ("start", "zero"))),
     Row("char-transformer", (8,), 20, 103_188, vocabulary=20, spec=(("dropout", 0.1),)),
     Row("text-classifier", (8,), 2, 68_994, vocabulary=20, spec=(("dropout", 0.1),)),
     Row("char-lstm", (80,), 90, 822_570, vocabulary=90, spec=(("hidden", 256),)),  # 820,522 in Reddi et al. 2021, with one bias a gate

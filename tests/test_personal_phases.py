@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedsim import experiment
+from fedsim.document import InvalidScenario
 from fedsim.errors import ScenarioError
 from fedsim.folder import Folder
 from fedsim.overview import facts
@@ -110,6 +111,12 @@ def test_clients_are_judged_by_their_own_models(straight):
     by_phase = {phase: [row for row in rows if row.get("phase") == phase][-1] for phase in range(4)}
     assert by_phase[2]["clients.accuracy.mean"] > by_phase[1]["clients.accuracy.mean"]
     assert by_phase[2]["test.accuracy"] == by_phase[1]["test.accuracy"]  # of the shared model, with the first head
+
+
+def test_a_program_that_needs_a_part_of_the_model_in_memory_does_not_run_elsewhere(tmp_path):
+    for program in ("alternating-sgd", "own-sgd", "ditto-sgd"):
+        with pytest.raises(InvalidScenario, match=f"{program} does not run under fedavg; these do: adam, .*sgd"):
+            scenario(tmp_path, HEAD + f"strategy: {{name: fedavg, local: {program}}}\nrounds: 1\n")
 
 
 def test_the_overview_says_which_parameters_stay(tmp_path):

@@ -3,7 +3,18 @@
 Importing this package registers every model. `realise` builds one; `loops`, `vmappable` and `chain_of` say how clients may be executed.
 """
 
-from fedsim.models import attention, convolution, dense, factors, huggingface, lora, python, recurrent, residual  # noqa: F401  (imported to register)
+from fedsim.models import (  # noqa: F401  (imported to register)
+    attention,
+    convolution,
+    dense,
+    factors,
+    huggingface,
+    lora,
+    prefix,
+    python,
+    recurrent,
+    residual,
+)
 from fedsim.models.adapt import Adapt, Fitted, trained
 from fedsim.models.chain import Link, chain_of
 from fedsim.models.dropout import Dropout

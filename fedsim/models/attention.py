@@ -37,7 +37,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, blocked: Tensor | None) -> Tensor:
-        q, k, v = (self._split(layer(x)) for layer in (self.query, self.key, self.value))  # [B, heads, T, D/heads]
+        return self.attend(self.query(x), self.key(x), self.value(x), blocked)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
+        """What queries find among keys: `[B, T, D]` each."""
+        q, k, v = (self._split(each) for each in (q, k, v))  # [B, heads, T, D/heads]
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, heads, T, T]
         if blocked is not None:
             scores = scores.masked_fill(blocked, torch.finfo(scores.dtype).min)  # finite: a row that is all blocked stays a number
