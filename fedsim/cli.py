@@ -74,12 +74,18 @@ def _print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values))
 
 
+RUNTIMES = ("simulation", "flower-simulation")
+
+
 @app.command()
 def run(
     scenario: Annotated[str | None, typer.Argument(metavar="[SCENARIO]", help="A YAML file, or the name of one that comes along.")] = None,
     set_: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/<name>/<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")] = None,
+    runtime: Annotated[
+        str, typer.Option(metavar="NAME", help="simulation, or flower-simulation: Flower's own, to compare.")
+    ] = "simulation",
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -90,6 +96,10 @@ def run(
             _fail("give either a SCENARIO to run, or --resume FOLDER", 2)
         if resume is not None and (set_ or output):
             _fail("--resume goes on with the scenario in the folder; --set and --output do not go with it", 2)
+        if runtime not in RUNTIMES:
+            _fail(f"there is no runtime '{runtime}'{did_you_mean(runtime, RUNTIMES)}; there are: {', '.join(RUNTIMES)}", 2)
+        if resume is not None and runtime != "simulation":
+            _fail("Flower's simulation forgets what devices remember, so --resume does not go with it; run the scenario again", 2)
         from fedsim.bundle import find_scenario
 
         path = find_scenario(scenario) if scenario is not None else None
@@ -106,7 +116,8 @@ def run(
                     world, folder = session.begin(parsed, output)
                 else:
                     world = session.take_up(parsed, folder)
-                if code := session.train(parsed, world, folder, quiet or as_json, verbose):
+                flower = runtime == "flower-simulation"
+                if code := (session.train_in_flower if flower else session.train)(parsed, world, folder, quiet or as_json, verbose):
                     raise typer.Exit(code)
         assert folder is not None
         _tell_run(folder, finished, as_json)

@@ -72,6 +72,22 @@ def train(scenario: Scenario, world: World, folder: Folder, quiet: bool = False,
     return 0
 
 
+def train_in_flower(scenario: Scenario, world: World, folder: Folder, quiet: bool = False, verbose: bool = False) -> int:
+    """The same in Flower's own simulation, which cannot be taken up again: nodes forget what devices remember."""
+    from fedsim.flower.simulation import simulate
+
+    display = display_of(sum(stage.rounds for stage in scenario.stages()), quiet, verbose)
+    try:
+        simulate(scenario, world, folder, display)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Flower's simulation begins anew.", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        display.close()
+        folder.unlock()
+    return 0
+
+
 def compare(plan: Plan, folder: Path, quiet: bool = False, verbose: bool = False) -> int:
     """Run a study with a display. Returns the exit code: 0 also where cells failed. A first Ctrl-C finishes the round in hand."""
     from fedsim.compare import compare as run_study

@@ -132,17 +132,15 @@ def test_a_node_without_a_registered_key_and_one_with_another_ca_are_refused(fed
         federation.stop(name)
 
 
-def test_a_node_that_is_killed_is_counted_and_one_that_comes_later_takes_part(federation, tmp_path):
-    path = written(tmp_path, rounds=12)
+def test_a_node_that_is_killed_is_counted_and_the_run_goes_on_without_it(federation, tmp_path):
+    path = written(tmp_path, rounds=6)
     path.write_text(path.read_text().replace("mean: 0.7", "mean: 1.0"))
     folder = Folder(tmp_path / "deployed")
     run = federation.run(app_of(tmp_path, path), output=folder.path, nodes=3, quiet=True, patience=6.0)
     log = lambda: federation.log("run")[-2000:]  # noqa: E731
     until(lambda: len(folder.rows()) > 2 if (folder.path / "metrics.jsonl").exists() else False, log)
     federation.stop("node1", signal.SIGKILL)
-    until(lambda: any(row["round"] > 0 and row["lost"] for row in folder.rows()), log)
-    federation.start_node(1)
-    until(lambda: folder.finished or run.poll() is not None, log)
+    until(lambda: folder.finished or run.poll() is not None, log, 2 * SLOW)
     assert folder.finished, log()
     found = rows(folder)[1:]
     lost = [row["round"] for row in found if row["lost"]]
@@ -150,7 +148,8 @@ def test_a_node_that_is_killed_is_counted_and_one_that_comes_later_takes_part(fe
     assert all({i % 3 for who in row.get("lost_clients", {}).values() for i in who} <= {1} for row in found)
     assert all(row["participants"] >= 5 for row in found)
     assert found[0]["participants"] == 7
-    assert len(found) == 12
+    assert [row["round"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert found[-1]["participants"] == 5
 
 
 def test_a_superlink_that_starts_again_with_its_database_knows_its_nodes_and_the_run_goes_on(tmp_path):

@@ -13,6 +13,7 @@ Which clients a node holds, and which data, its `--node-config` says:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def device_of(scenario: Path, node: dict[str, Any]) -> Device:
     return _DEVICES[which]
 
 
-def client_app(scenario: Path) -> ClientApp:
-    """The `ClientApp` of a scenario."""
+def client_app(scenario: Path, device_of: Callable[[Path, dict[str, Any]], Device] = device_of) -> ClientApp:
+    """The `ClientApp` of a scenario; `device_of` says what a node has in memory."""
     app = ClientApp()
 
     def action(kind: str) -> tuple[Any, ...]:

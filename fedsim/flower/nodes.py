@@ -22,6 +22,10 @@ LOOK = 2.0
 """Seconds between looks at which nodes are there."""
 
 
+UNREACHED = {3, 4, 5}
+"""Flower's error codes for a message that reached nobody, or an answer that did not come back: the node may be gone."""
+
+
 @dataclass
 class Nodes:
     """The nodes behind a grid.
@@ -154,7 +158,9 @@ class Nodes:
         counts, end = np.zeros(self.clients), time.monotonic() + self.patience
         while out and time.monotonic() < end:
             for number, message in self.pull(out).items():
-                _, ids = out.pop(number)
+                node, ids = out.pop(number)
+                if message.has_error() and message.error.code in UNREACHED:
+                    self.doubt(node)
                 try:
                     answer = Answer.of(content(message), ids, None, strategy, order.version)
                 except FedsimError as error:
@@ -165,6 +171,8 @@ class Nodes:
                     counts[answer.ids] = weight.numpy()
             if out:
                 time.sleep(self.poll)
+        for node, _ in out.values():
+            self.doubt(node)
         return sums, counts
 
 

@@ -15,7 +15,7 @@ from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.errors import FedsimError
 from fedsim.fleet import Participation
 from fedsim.flower.device import LACKS_FROZEN
-from fedsim.flower.nodes import Nodes, content
+from fedsim.flower.nodes import UNREACHED, Nodes, content
 from fedsim.flower.orders import Answer, Order
 from fedsim.flower.wire import faults
 from fedsim.problem import Problem
@@ -157,6 +157,8 @@ class FlowerPort(RunPort):
             why = str(message.error.reason)
             if LACKS_FROZEN in why:
                 self._has.discard(out.node)
+            if message.error.code in UNREACHED:
+                self._nodes.doubt(out.node)
             self._lose(order.ids, _in_words(message.error.code, why))
             return
         try:
@@ -194,7 +196,8 @@ class FlowerPort(RunPort):
         device = self._problem.version.device
         payload = tree_map(lambda leaf: leaf.to(device), concat([each.payload for each in taken]))
         started = concat([tree_map(lambda leaf: torch.as_tensor(leaf)[None], each.message) for each in taken]) if recall else None
-        updates = Updates(arrivals, payload, started)
+        alike = all(each.metrics.keys() == taken[0].metrics.keys() for each in taken)
+        updates = Updates(arrivals, payload, started, concat([each.metrics for each in taken]) if alike else None)
         received = Received(
             arrivals=arrivals,
             updates=None if weigh else updates,

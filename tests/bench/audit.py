@@ -36,6 +36,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "10 epochs": (LOCAL + "{name: sgd, lr: 0.02, epochs: 10, batch_size: 1}",),
     "one step, DP": (LOCAL + "{name: dp-sgd, lr: 0.02, steps: 1, batch_size: 4, clip: 1.0, noise: 0.1}",),
     "10 epochs, DP": (LOCAL + "{name: dp-sgd, lr: 0.02, steps: 40, batch_size: 1, clip: 1.0, noise: 0.1}",),
+    "one step, FedPara": (LOCAL + "{name: sgd, lr: 0.02, steps: 1, batch_size: null}", "model.factors={name: fedpara, ratio: 0.5}"),
     "one step, LoRA": (LOCAL + "{name: sgd, lr: 0.02, steps: 1, batch_size: null}", "model.adapt={name: lora, rank: 4}"),
 }
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     args = parser.parse_args()
     how = Attack(args.iterations, lr=0.1, a_lr=0.01, tv=1e-3)
-    print(f"{'':16} " + "   ".join(f"{name:>24}" for name in METHODS.values()))
+    print(f"{'':18} " + "   ".join(f"{name:>24}" for name in METHODS.values()))
     for row in args.rows or ROWS:
         found = [figures(ROWS[row], int(seed), how) for seed in args.seeds.split(",")]
         cells = []
@@ -75,7 +76,7 @@ def main() -> None:
             psnr, ssim = (np.array([each[name][what] for each in found]) for what in ("psnr", "ssim"))
             time = f" {np.mean([each[name]['seconds'] for each in found]):4.0f} s" if "seconds" in found[0][name] else ""
             cells.append(f"{psnr.mean():6.2f} ± {psnr.std(ddof=len(found) > 1):4.2f} {ssim.mean():6.3f}{time}")
-        print(f"{row:16} " + "   ".join(f"{cell:>24}" for cell in cells), flush=True)
+        print(f"{row:18} " + "   ".join(f"{cell:>24}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":
