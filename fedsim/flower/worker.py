@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable
 from logging import ERROR
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 from flwr.app import Context, Error, Message
@@ -28,6 +30,9 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVers
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+PATIENCE = 20.0
+"""Seconds that a task's message, which is on this machine already, may take."""
 
 
 def client_of(address: str, component: str, *more: Any) -> RuntimeHttpClient:
@@ -70,6 +75,26 @@ class Apps:
         self._app = None
 
 
+def _input(client: RuntimeHttpClient) -> Any:
+    """What a task begins with. One whose run ended meanwhile never gets its message, and would be waited for for ever."""
+    found: Queue[Any] = Queue()
+
+    def pull() -> None:
+        try:
+            found.put(pull_task_input(client))
+        except Exception as error:  # the one who waits raises it
+            found.put(error)
+
+    threading.Thread(target=pull, daemon=True).start()
+    try:
+        got = found.get(timeout=PATIENCE)
+    except Empty:
+        raise TimeoutError(f"the task's message did not come within {PATIENCE:g} seconds") from None
+    if isinstance(got, Exception):
+        raise got
+    return got
+
+
 def serve(address: str, token: str, apps: Apps) -> None:
     """Run one task: what `flwr-clientapp` does. What the app raises becomes its answer."""
     client = client_of(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
@@ -80,7 +105,7 @@ def serve(address: str, token: str, apps: Apps) -> None:
     status, details = SubStatus.FAILED, "the task did not begin"
     try:
         heartbeat.start()
-        message, context, run, fab = pull_task_input(client)
+        message, context, run, fab = _input(client)
         reply = apps.app(run, fab)(message, context)
         status, details = SubStatus.COMPLETED, ""
     except Exception as error:
