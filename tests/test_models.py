@@ -124,7 +124,7 @@ def close(a: Params, b: Params) -> None:
 
 
 def test_every_model_has_a_row() -> None:
-    assert len(Model.choices) == 15
+    assert len(Model.choices) == 16
     assert {row.name for row in ROWS} == set(Model.choices) - {"huggingface"}  # has tests of its own, where that library is
     assert all(first_line(c).endswith(".") for c in Model.choices.values())
 
