@@ -21,7 +21,7 @@ def main() -> None:
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode, flower_supernode
 
-    import fedsim.flower  # noqa: F401  (checks Flower's version)
+    from fedsim.flower.polling import look_soon
 
     poll = float(os.environ.get("FEDSIM_POLL", "0.2"))
     options = _parse_args_run_supernode().parse_args()
@@ -32,6 +32,7 @@ def main() -> None:
     )
     # The loop there sleeps for three seconds between looks, which nothing configures.
     start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll)))  # type: ignore[assignment]
+    look_soon()
     try:
         flower_supernode()
     finally:

@@ -36,6 +36,7 @@ from fedsim.errors import FedsimError
 from fedsim.fleet import Fleet
 from fedsim.flower.nodes import Nodes
 from fedsim.flower.orders import Order
+from fedsim.flower.polling import look_soon
 from fedsim.flower.port import FlowerPort
 from fedsim.folder import Folder
 from fedsim.params import Params
@@ -158,6 +159,7 @@ def server_app(scenario: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        look_soon()
         folder = run(scenario, grid, Settings.of(dict(context.run_config)))
         print(f"Run folder: {folder.path}", flush=True)
 

@@ -31,6 +31,8 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from fedsim.flower.polling import look_soon
+
 PATIENCE = 20.0
 """Seconds that a task's message, which is on this machine already, may take."""
 
@@ -132,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--poll", type=float, default=0.1)
     chosen = parser.parse_args(arguments)
     start_parent_process_monitor(chosen.parent)
+    look_soon()
     from fedsim.scenario import adapter
 
     adapter()  # all strategies, and the check of scenarios: a second that the first round need not wait for
