@@ -68,8 +68,9 @@ def test_fedbuff_on_real_nodes_converges(federation, tmp_path):
 
 
 SPOILS = """
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
+
+from fedsim.flower import wire
 
 honest = client
 client = type(honest)()
@@ -80,13 +81,13 @@ def spoil(message, context):
     if context.node_config["partition-id"] != 1:
         return reply
     records = dict(reply.content.items())
-    arrays = dict(records["arrays"].items())
-    name = sorted(arrays)[0]
+    tensors = wire.unpack(records["arrays"])
+    name = sorted(tensors)[0]
     if message.content["config"]["version"] == 0:
-        arrays[name] = Array(arrays[name].numpy() * np.float32("nan"))
+        tensors[name] *= float("nan")
     else:
-        del arrays[name]
-    return Message(RecordDict(records | {"arrays": ArrayRecord(arrays)}), reply_to=message)
+        del tensors[name]
+    return Message(RecordDict(records | {"arrays": wire.pack(tensors)}), reply_to=message)
 
 
 client.train()(spoil)

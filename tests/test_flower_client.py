@@ -259,4 +259,4 @@ def test_noise_without_an_epsilon_is_not_the_seed_s_either(tmp_path):
     order = order_of(device.world, [1])
     once, twice = (device.train(order, {}).payload for _ in range(2))
     assert not all(torch.equal(x, y) for x, y in zip(tree_leaves(once), tree_leaves(twice), strict=True))
-    assert set(wire.arrays(once)[0]) == set(device.world.w)  # adapters travel, the model they adapt does not
+    assert set(wire.unpack(wire.arrays(once)[0])) == set(device.world.w)  # adapters travel, the model they adapt does not

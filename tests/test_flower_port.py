@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fedsim import experiment, session
 from fedsim.errors import FedsimError
+from fedsim.flower import wire
 from fedsim.flower.client_app import client_app
 from fedsim.flower.server_app import Settings, run
 from fedsim.folder import Folder
@@ -110,31 +111,17 @@ def test_other_paces_train_on_nodes_too(tmp_path, pace):
     assert last["test.loss"] < rows(folder)[0]["test.loss"] - 0.2
 
 
-def reshaped(records, name="0"):
-    arrays = dict(records["arrays"].items())
-    first = next(iter(arrays))
-    return arrays, first
+def repacked(change):
+    """What `change` makes of the tensors of an answer, by name."""
+    return lambda records: altered(records, arrays=wire.pack(change(wire.unpack(records["arrays"]))))
 
 
-def wrong_shape(records):
-    arrays, first = reshaped(records)
-    arrays[first] = Array(np.zeros((1, 1), dtype=np.float32))
-    return altered(records, arrays=ArrayRecord(arrays))
+wrong_shape = repacked(lambda tensors: tensors | {next(iter(tensors)): torch.zeros(1, 1)})
+lacking = repacked(lambda tensors: dict([*tensors.items()][1:]))
 
 
 def scaled(factor):
-    def spoil(records):
-        arrays, first = reshaped(records)
-        arrays[first] = Array(arrays[first].numpy() * np.float32(factor))
-        return altered(records, arrays=ArrayRecord(arrays))
-
-    return spoil
-
-
-def lacking(records):
-    arrays, first = reshaped(records)
-    del arrays[first]
-    return altered(records, arrays=ArrayRecord(arrays))
+    return repacked(lambda tensors: {name: tensor * factor for name, tensor in tensors.items()})
 
 
 def config(**changes):
@@ -153,6 +140,7 @@ SPOILT = {
     "foreign strategy": (config(strategy="krum"), "rejected", "strategy 'krum', not to 'fedavg'"),
     "another version": (config(version=77), "rejected", "version 77"),
     "other clients": (config(clients=[0, 1]), "rejected", "not that of the clients that were asked"),
+    "other bytes": (lambda records: altered(records, arrays=ArrayRecord({"x": Array(np.zeros(3))})), "rejected", "not one of safetensors"),
     "no arrays": (lambda records: RecordDict({k: v for k, v in records.items() if k != "arrays"}), "rejected", "no ArrayRecord"),
     "no metrics": (lambda records: RecordDict({k: v for k, v in records.items() if k != "metrics"}), "rejected", "no MetricRecord"),
     "nothing at all": (lambda records: RecordDict(), "rejected", "no ConfigRecord"),

@@ -83,38 +83,71 @@ def test_a_tensor_transposed_by_the_sender_is_the_same_tensor():
 
 def test_an_update_is_read_in_the_form_that_is_due():
     stack = stacked(sample(), sample(2.0))
-    record, _ = wire.arrays(stack)
-    same(wire.read(record, LIKE, 2), stack)
-    same(wire.read(wire.arrays(sample())[0], LIKE), sample())
+    same(wire.read(wire.unpack(wire.arrays(stack)[0]), LIKE, 2), stack)
+    same(wire.read(wire.unpack(wire.arrays(sample())[0]), LIKE), sample())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)], ids=str)
+def test_tensors_of_any_kind_travel_as_one_array(dtype, shape):
+    tensor = torch.arange(max(1, int(np.prod(shape))))[: int(np.prod(shape))].view(shape).to(dtype)
+    sent = {"a": tensor, "the same again": tensor, "b": torch.arange(6.0).view(2, 3).T}
+    record = wire.pack(sent)
+    assert len(record) == 1
+    back = wire.unpack(record)
+    assert back.keys() == sent.keys()
+    for name, value in sent.items():
+        assert back[name].dtype == value.dtype
+        assert torch.equal(back[name], value)
+
+
+def test_a_record_without_tensors_is_empty():
+    assert len(wire.pack({})) == 0
+    assert wire.unpack(wire.pack({})) == {}
+
+
+def packed(data: bytes, kind: str = "safetensors", name: str = "safetensors") -> flwr.ArrayRecord:
+    return flwr.ArrayRecord({name: flwr.Array("uint8", (len(data),), kind, data)})
+
+
+WHOLE = wire.pack({"a": torch.ones(3)})["safetensors"].data
+UNREADABLE = {
+    "bytes that are missing": packed(WHOLE[:-4]),
+    "bytes that nobody named": packed(WHOLE + b"0000"),
+    "bytes of something else": packed(b"cos\nsystem\n(S'true'\ntR."),
+    "no bytes": packed(b""),
+    "a header without end": packed(b"\xff" * 16),
+    "a dtype that is none": packed(WHOLE.replace(b'"F32"', b'"O32"')),
+    "a shape that is a lie": packed(WHOLE.replace(b"[3]", b"[4]")),
+    "another format": packed(WHOLE, kind="pickle"),
+    "another name": packed(WHOLE, name="a"),
+    "arrays of NumPy's": flwr.ArrayRecord({"a": flwr.Array(np.ones(3))}),
+    "one too many": flwr.ArrayRecord({**packed(WHOLE), "a": flwr.Array(np.ones(3))}),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_is_no_safetensors_is_refused(case):
+    with pytest.raises(Malformed, match=r"not in the format of safetensors|not one of safetensors"):
+        wire.unpack(UNREADABLE[case])
 
 
 def altered(**changes):
-    record, _ = wire.arrays(sample())
-    arrays = dict(record.items())
-    for name, array in changes.items():
+    tensors = wire.unpack(wire.arrays(sample())[0])
+    for name, tensor in changes.items():
         name = name.replace("_", "/", 1)
-        if array is None:
-            del arrays[name]
+        if tensor is None:
+            del tensors[name]
         else:
-            arrays[name] = array
-    return flwr.ArrayRecord(arrays)
+            tensors[name] = tensor
+    return tensors
 
 
-NPY = flwr.Array(np.zeros((2, 3), dtype=np.float32))
-NPY3 = flwr.Array(np.zeros(3))
 BAD = {
     "a missing name": ({"w_a.bias": None}, "lacks w/a.bias"),
-    "a foreign name": ({"w_evil": NPY}, "has w/evil"),
-    "another shape": ({"w_a.weight": flwr.Array(np.zeros((3, 2), dtype=np.float32))}, r"float32\[3, 2\] at w/a.weight"),
-    "another dtype": ({"w_a.weight": flwr.Array(np.zeros((2, 3)))}, r"float64\[2, 3\]"),
-    "a shape that is a lie": ({"w_a.weight": flwr.Array("float32", (2, 3), "numpy.ndarray", flwr.Array(np.zeros(1)).data)}, "says it is"),
-    "bytes that are missing": ({"w_a.weight": flwr.Array("float32", (2, 3), "numpy.ndarray", NPY.data[:-4])}, "holds 20 bytes"),
-    "bytes of something else": ({"w_a.weight": flwr.Array("float32", (2, 3), "numpy.ndarray", b"cos\nsystem\n")}, "not in NumPy's format"),
-    "another format": ({"w_a.weight": flwr.Array("float32", (2, 3), "pickle", NPY.data)}, "'pickle'"),
-    "bfloat16 that is not": (
-        {"w_a.bias": flwr.Array("bfloat16", (3,), "numpy.ndarray", flwr.Array(np.zeros(3)).data)},
-        "says it is bfloat16",
-    ),
+    "a foreign name": ({"w_evil": torch.zeros(2)}, "has w/evil"),
+    "another shape": ({"w_a.weight": torch.zeros(3, 2)}, r"float32\[3, 2\] at w/a.weight"),
+    "another dtype": ({"w_a.weight": torch.zeros(2, 3).double()}, r"float64\[2, 3\]"),
 }
 
 
@@ -125,10 +158,27 @@ def test_a_malformed_update_is_refused_by_name(case):
         wire.read(altered(**changes), LIKE)
 
 
+NPY = flwr.Array(np.zeros((2, 3), dtype=np.float32))
+BAD_ARRAYS = {
+    "a shape that is a lie": (flwr.Array("float32", (2, 3), "numpy.ndarray", flwr.Array(np.zeros(1)).data), "says it is"),
+    "bytes that are missing": (flwr.Array("float32", (2, 3), "numpy.ndarray", NPY.data[:-4]), "holds 20 bytes"),
+    "bytes of something else": (flwr.Array("float32", (2, 3), "numpy.ndarray", b"cos\nsystem\n"), "not in NumPy's format"),
+    "another format": (flwr.Array("float32", (2, 3), "pickle", NPY.data), "'pickle'"),
+    "bfloat16 that is not": (flwr.Array("bfloat16", (3,), "numpy.ndarray", flwr.Array(np.zeros(3)).data), "says it is bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_a_malformed_array_of_an_app_is_refused(case):
+    array, reason = BAD_ARRAYS[case]
+    with pytest.raises(Malformed, match=reason):
+        wire.decode(array, "x")
+
+
 def test_objects_are_never_unpickled():
-    data = flwr.Array(np.zeros((2, 3), dtype=np.float32)).data.replace(b"'<f4'", b"'|O' ")
+    data = NPY.data.replace(b"'<f4'", b"'|O' ")
     with pytest.raises(Malformed, match=r"no object|not in NumPy"):
-        wire.read(altered(**{"w_a.weight": flwr.Array("float32", (2, 3), "numpy.ndarray", data)}), LIKE)
+        wire.decode(flwr.Array("float32", (2, 3), "numpy.ndarray", data), "x")
 
 
 def test_rows_that_are_not_finite_or_too_long_are_refused_and_the_others_kept():

@@ -121,11 +121,11 @@ class Device:
             raise Malformed(f"order is for clients {strangers[:5]}, which this node does not hold")
         stage, name = stages[order.phase], f"frozen.{order.phase}"
         if order.frozen is not None:
-            store[name] = wire.params_record(order.frozen)
+            store[name] = wire.pack(order.frozen)
             self._trainers.pop(order.phase, None)
         if order.phase and name not in store:
             raise Malformed(LACKS_FROZEN)
-        before = Params({key: wire.decode(array, key) for key, array in store[name].items()}) if order.phase else None
+        before = Params(wire.unpack(store[name])) if order.phase else None
         frozen, first = self.world.enter(stage, before)
         if order.phase not in self._trainers:
             self._trainers[order.phase] = self.world.trainer(self.scenario.engine.compile).freeze(frozen)
@@ -153,7 +153,7 @@ class Device:
     def _memory(self, order: Order, client: int, blank: Any, store: Store) -> Any:
         """What one client remembers."""
         name = f"memory.{order.phase}.{client}"
-        return wire.read(store[name], blank) if name in store else blank
+        return wire.read(wire.unpack(store[name]), blank) if name in store else blank
 
 
 LACKS_FROZEN = "this node lacks the model of the phase before"

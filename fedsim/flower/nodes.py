@@ -7,14 +7,15 @@ it holds, so results do not depend on Flower's node ids, which are random.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.errors import FedsimError
+from fedsim.flower import wire
 from fedsim.flower.orders import DESCRIBE, Answer, Description, Order
 from fedsim.flower.wire import Malformed
 
@@ -62,9 +63,9 @@ class Nodes:
         self._looked = time.monotonic()
         connected = set(self.grid.get_node_ids())
         new = connected - set(self.said) - set(self._asked.values()) - self._silent
-        for node in sorted(new):
-            if (number := self.push(node, RecordDict(), DESCRIBE, "0")) is not None:
-                self._asked[number] = node
+        asked = sorted(new)
+        numbers = self.push([(node, RecordDict(), DESCRIBE) for node in asked], "0")
+        self._asked |= {number: node for number, node in zip(numbers, asked, strict=True) if number is not None}
         self.here &= connected
         for number, message in self.pull(self._asked).items():
             self._note(self._asked.pop(number), message)
@@ -126,14 +127,15 @@ class Nodes:
         if not self.here:
             raise FedsimError(f"no node has come within {seconds:g} seconds; start SuperNodes, see the README of the app")
 
-    def push(self, node: int, records: RecordDict, kind: str, group: str) -> str | None:
-        """Send a message; its number, or None if it could not be sent."""
+    def push(self, letters: Sequence[tuple[int, RecordDict, str]], group: str) -> list[str | None]:
+        """Send messages `(node, content, kind)` in one go; their numbers, None for one that could not be sent."""
+        messages = [Message(content, node, kind, group_id=group, ttl=self.patience) for node, content, kind in letters]
         try:
-            (number, *_) = [*self.grid.push_messages([Message(records, node, kind, group_id=group, ttl=self.patience)]), None]
+            numbers = [number or None for number in self.grid.push_messages(messages)] if messages else []
         except Exception as error:  # the network's, HTTP's, the SuperLink's: a run outlives them all
             print(f"a message could not be sent: {type(error).__name__}: {error}", flush=True)
-            return None
-        return number or None
+            numbers = []
+        return numbers + [None] * (len(messages) - len(numbers))
 
     def pull(self, numbers: Iterable[str]) -> dict[str, Message]:
         """The answers that have come to some messages, by the message's number."""
@@ -149,11 +151,10 @@ class Nodes:
 
     def evaluate(self, order: Order, strategy: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Sums over the test examples of the order's clients `{name: [N]}`, and how many each has, `[N]`; 0 where nobody answered."""
-        out: dict[str, tuple[int, np.ndarray]] = {}
-        for node, ids in self.by_node(order.ids).items():
-            mine = Order(ids, order.message, None, order.version, order.key, order.phase, order.clients, order.frozen)
-            if node in self.here and (number := self.push(node, mine.records(), mine.kind, str(order.version))) is not None:
-                out[number] = (node, ids)
+        asked = [(node, ids) for node, ids in self.by_node(order.ids).items() if node in self.here]
+        message = wire.arrays(order.message)
+        numbers = self.push([(node, replace(order, ids=ids).records(message), order.kind) for node, ids in asked], str(order.version))
+        out = {number: each for number, each in zip(numbers, asked, strict=True) if number is not None}
         sums: dict[str, np.ndarray] = {}
         counts, end = np.zeros(self.clients), time.monotonic() + self.patience
         while out and time.monotonic() < end:

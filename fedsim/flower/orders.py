@@ -60,9 +60,9 @@ class Order:
             return EVALUATE
         return CALIBRATE if self.program.reads == "calibration" else TRAIN
 
-    def records(self) -> RecordDict:
-        """As Flower's records. Inverse: `of`."""
-        arrays, outline = wire.arrays(self.message)
+    def records(self, message: tuple[ArrayRecord, str] | None = None) -> RecordDict:
+        """As Flower's records. Inverse: `of`. With orders for several nodes, `wire.arrays(self.message)` may be made once, and given here."""
+        arrays, outline = wire.arrays(self.message) if message is None else message
         config = ConfigRecord(
             {
                 "clients": [int(i) for i in self.ids],
@@ -76,7 +76,7 @@ class Order:
         )
         records: dict[str, Any] = {ARRAYS: arrays, CONFIG: config}
         if self.frozen is not None:
-            records[FROZEN] = wire.params_record(self.frozen)
+            records[FROZEN] = wire.pack(self.frozen)
         return RecordDict(records)
 
     @staticmethod
@@ -95,7 +95,7 @@ class Order:
                 key=int(config["key"]),
                 phase=int(config["phase"]),
                 clients=int(config["population"]),
-                frozen=None if frozen is None else Params({name: wire.decode(array, name) for name, array in frozen.items()}),
+                frozen=None if frozen is None else Params(wire.unpack(frozen)),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise Malformed(f"order cannot be read: {type(error).__name__}: {error}") from error
@@ -155,7 +155,7 @@ class Answer:
             raise Malformed("answer is not that of the clients that were asked")
         payload = None
         if like is not None and len(ids):
-            payload = wire.read(_part(records, ARRAYS, ArrayRecord), like, len(ids))
+            payload = wire.read(wire.unpack(_part(records, ARRAYS, ArrayRecord)), like, len(ids))
         found = wire.metrics_of(metrics, len(ids))
         if len(ids) and (np.diff(ids) < 0).any():
             raise Malformed("answer does not have its clients in order")

@@ -14,6 +14,7 @@ from fedsim import rng
 from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.errors import FedsimError
 from fedsim.fleet import Participation
+from fedsim.flower import wire
 from fedsim.flower.device import LACKS_FROZEN
 from fedsim.flower.nodes import UNREACHED, Nodes, content
 from fedsim.flower.orders import Answer, Order
@@ -113,15 +114,20 @@ class FlowerPort(RunPort):
             return
         like, weight = self._form(job.program, job.message), nbytes(job.message)
         self._away[job.ids] = True
-        for node, ids in self._nodes.by_node(job.ids).items():
-            frozen = self._problem.frozen if self._phase and node not in self._has else None
-            order = Order(ids, job.message, job.program, version, key, self._phase, self._nodes.clients, frozen)
-            number = self._nodes.push(node, order.records(), order.kind, str(version + 1))
+        orders = [(node, self._order(node, ids, job, version, key)) for node, ids in self._nodes.by_node(job.ids).items()]
+        message, end = wire.arrays(job.message), time.monotonic() + self._nodes.patience
+        numbers = self._nodes.push([(node, order.records(message), order.kind) for node, order in orders], str(version + 1))
+        for number, (node, order) in zip(numbers, orders, strict=True):
             if number is None:
-                self._lose(ids, "the order could not be sent")
+                self._lose(order.ids, "the order could not be sent")
                 continue
-            self._out[number] = _Out(order, node, like, time.monotonic() + self._nodes.patience)
-            self._spent = replace(self._spent, bytes_down=self._spent.bytes_down + weight * len(ids))
+            self._out[number] = _Out(order, node, like, end)
+            self._spent = replace(self._spent, bytes_down=self._spent.bytes_down + weight * len(order.ids))
+
+    def _order(self, node: int, ids: np.ndarray, job: Job, version: int, key: rng.Key) -> Order:
+        """What a node is asked for some clients; with the model of the phase before, unless it has that."""
+        frozen = self._problem.frozen if self._phase and node not in self._has else None
+        return Order(ids, job.message, job.program, version, key, self._phase, self._nodes.clients, frozen)
 
     def _form(self, program: LocalProgram, message: Any) -> Any:
         """The form in which a payload is due: that of a client that takes no step."""

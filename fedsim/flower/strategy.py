@@ -220,7 +220,7 @@ class FromFedsim(FedAvg):
         if missing := sorted(set(self._sent) ^ set(arrays[0])):
             raise Malformed(f"reply and model differ in {', '.join(missing[:5])}")
         rest = {name: array for name, array in arrays[0].items() if name not in self._like}
-        model = wire.read(ArrayRecord({name: arrays[0][name] for name in self._like}), self._like)
+        model = wire.read({name: wire.decode(arrays[0][name], name) for name in self._like}, self._like)
         if any(tuple(array.shape) != tuple(self._sent[name].shape) for name, array in rest.items()):
             raise Malformed(f"reply has other shapes at {', '.join(sorted(rest)[:5])}")
         change: Params = model - self._started[node]

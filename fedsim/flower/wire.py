@@ -1,8 +1,11 @@
 """Pytrees as Flower's records, and back, with every check that an update from somebody else's machine has to pass.
 
-Tensors become an `ArrayRecord`, by their path in the tree; what is left of the tree, its *outline*, is JSON. An order carries its outline,
-and only `Params` and records that this installation knows can come out of it. An update carries none: the server knows which form is due
-(`like`), so a reply can be nothing but numbers in that form. bfloat16, which NumPy does not have, travels as its bits. Nothing is pickled.
+Tensors are named by their path in the tree, and travel as one array in the format of safetensors: Flower sends each array by requests of its
+own, which for a small model take longer than everything else in a round. What is left of the tree, its *outline*, is JSON. An order carries
+its outline, and only `Params` and records that this installation knows can come out of it. An update carries none: the server knows which
+form is due (`like`), so a reply can be nothing but numbers in that form. Nothing is pickled.
+
+Where an app has arrays of its own (`from_fedsim`), they are NumPy's; bfloat16, which NumPy does not have, travels as its bits.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord
+from safetensors import SafetensorError
+from safetensors.torch import load as load_packed
+from safetensors.torch import save as save_packed
 from torch import Tensor
 
 from fedsim.errors import FedsimError
@@ -24,6 +30,9 @@ from fedsim.tree import dump, finite, load, tree_leaves
 
 NUMPY = "numpy.ndarray"
 """Flower's name for arrays in NumPy's own format."""
+
+PACKED = "safetensors"
+"""The name, and the kind, of the one array that holds tensors by name."""
 
 ROOT = "value"
 """The name of a tensor that is the whole tree."""
@@ -69,12 +78,33 @@ def decode(array: Array, name: str) -> Tensor:
     return tensor.view(torch.bfloat16)
 
 
+def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors by name as one array, or none where there are no tensors. Inverse: `unpack`."""
+    if not tensors:
+        return ArrayRecord()
+    data = save_packed({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
+    return ArrayRecord({PACKED: Array("uint8", (len(data),), PACKED, data)})
+
+
+def unpack(record: ArrayRecord) -> dict[str, Tensor]:
+    """The tensors in a record, by name, in memory of their own. Raises `Malformed` unless it is what `pack` makes."""
+    if not record:
+        return {}
+    if list(record) != [PACKED] or record[PACKED].stype != PACKED:
+        kinds = sorted({f"{name} ({array.stype})" for name, array in record.items()})
+        raise Malformed(f"message has the arrays {_some(kinds)}, not one of {PACKED}")
+    try:
+        return load_packed(record[PACKED].data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise Malformed(f"message is not in the format of {PACKED}: {error}") from error
+
+
 def arrays(tree: Any) -> tuple[ArrayRecord, str]:
-    """The tensors of a pytree by name, and its outline. Inverse: `tree_of`."""
+    """The tensors of a pytree, and its outline. Inverse: `tree_of`."""
     tensors, outline = dump(tree)
     if _has_leaf(outline):
         raise FedsimError("a message holds a table with a row for each client, which cannot be sent; send the rows that clients need")
-    return ArrayRecord({_name(path): encode(tensor) for path, tensor in tensors.items()}), json.dumps(outline)
+    return pack({_name(path): tensor for path, tensor in tensors.items()}), json.dumps(outline)
 
 
 def tree_of(record: ArrayRecord, outline: str) -> Any:
@@ -83,7 +113,7 @@ def tree_of(record: ArrayRecord, outline: str) -> Any:
         plan = json.loads(outline)
         if _has_leaf(plan):
             raise Malformed("message refers to files")
-        tensors = _Named({name: decode(array, name) for name, array in record.items()})
+        tensors = _Named(unpack(record))
         tree = load(tensors, plan)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Malformed(f"message cannot be read: {type(error).__name__}: {error}") from error
@@ -106,25 +136,23 @@ class _Named(dict[str, Tensor]):
         return super().__getitem__(_name(path))
 
 
-def read(record: ArrayRecord, like: Any, count: int | None = None) -> Any:
-    """The pytree in the form of `like` that a record holds; with `count`, a stack `[count, ...]` of such. Raises `Malformed`.
+def read(tensors: Mapping[str, Tensor], like: Any, count: int | None = None) -> Any:
+    """The pytree in the form of `like` that tensors by name make up; with `count`, a stack `[count, ...]` of such. Raises `Malformed`.
 
-    Names, dtypes and shapes are checked here, before anything is copied; see `faults` for the values.
+    Names, dtypes and shapes are checked here; see `faults` for the values.
     """
     due, outline = dump(like)
     names = {_name(path): tensor for path, tensor in due.items()}
-    if missing := sorted(names.keys() - record.keys()):
+    if missing := sorted(names.keys() - tensors.keys()):
         raise Malformed(f"update lacks {_some(missing)}")
-    if foreign := sorted(record.keys() - names.keys()):
+    if foreign := sorted(tensors.keys() - names.keys()):
         raise Malformed(f"update has {_some(foreign)}, which the model has not")
     ahead = () if count is None else (count,)
-    found = {}
     for name, want in names.items():
-        shape, dtype = (*ahead, *want.shape), str(want.dtype).removeprefix("torch.")
-        if record[name].dtype != dtype or tuple(record[name].shape) != shape:
-            raise Malformed(f"update has {record[name].dtype}{list(record[name].shape)} at {name}, not {dtype}{list(shape)}")
-        found[name] = decode(record[name], name)
-    return load(_Named(found), outline)
+        found, shape = tensors[name], (*ahead, *want.shape)
+        if found.dtype != want.dtype or tuple(found.shape) != shape:
+            raise Malformed(f"update has {_kind(found.dtype)}{list(found.shape)} at {name}, not {_kind(want.dtype)}{list(shape)}")
+    return load(_Named(tensors), outline)
 
 
 def faults(stack: Any, most: float | None = None) -> dict[int, str]:
@@ -161,9 +189,8 @@ def metrics_of(record: MetricRecord, count: int) -> dict[str, tuple[Tensor, Tens
     return out
 
 
-def params_record(w: Params) -> ArrayRecord:
-    """A model as Flower's own examples send it: its tensors by name."""
-    return ArrayRecord({name: encode(tensor) for name, tensor in w.items()})
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _name(path: str) -> str:
