@@ -24,7 +24,7 @@ from fedsim.params import Params
 from fedsim.problem import Classification, Inputs, Network, Problem
 from fedsim.scenario import Phase, Scenario
 from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
-from fedsim.sim.footprint import footprint
+from fedsim.sim.footprint import Flops, footprint
 from fedsim.sim.port import default_chunk
 from fedsim.tree import stack
 from fedsim.types import Batch
@@ -257,12 +257,10 @@ def _rates(scenario: Scenario, clients: int, labels: np.ndarray | None) -> Tenso
 
 
 def _estimate(scenario: Scenario, world: World) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
-
     data, labels = world.data, world.labels
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with Flops() as counter, torch.no_grad():
         world.problem.output(world.w, data.x[:1])
-    flops = float(counter.get_total_flops())
+    flops = float(counter.total)
     sizes = data.sizes.numpy()
     seconds = 0.0
     for stage in world.ledger.stages:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import rng
 from fedsim.data import Lists
@@ -16,7 +17,7 @@ from fedsim.models.dropout import Dropout
 from fedsim.params import Params
 from fedsim.problem import Classification, MultiLabel, Network, Problem, Regression, Task
 from fedsim.sim.cohort import Chunk, Trainer
-from fedsim.sim.footprint import footprint
+from fedsim.sim.footprint import Flops, footprint
 from fedsim.tree import tree_leaves
 from fedsim.types import Draw
 
@@ -176,3 +177,13 @@ def test_the_footprint_of_a_chunk_is_what_its_stack_needs():
     one, five = (footprint(trainer, PROGRAMS["plain"], w, chunk) for chunk in chunks)
     assert one > 2 * model  # the copy that moves, and the change
     assert five > 2.5 * one
+
+
+def test_operations_are_counted_as_pytorch_counts_them():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x = torch.zeros(2, 1, 8, 8)
+    with Flops() as ours, torch.no_grad():
+        net(x)
+    with FlopCounterMode(display=False) as theirs, torch.no_grad():
+        net(x)
+    assert ours.total == theirs.get_total_flops() == 2 * 2 * (4 * 9 * 36 + 4 * 36 * 5)

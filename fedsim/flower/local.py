@@ -226,7 +226,7 @@ class Federation:
 
     def _environment(self, name: str) -> dict[str, str]:
         bin_ = os.path.dirname(sys.executable)
-        more = {"FLWR_HOME": str(self.home(name)), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+        more = {"FLWR_HOME": str(self.home(name)), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3"}
         more |= {"PATH": f"{bin_}{os.pathsep}{os.environ.get('PATH', '')}", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
         here = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()])
         return os.environ | more | {"PYTHONPATH": here}

@@ -1,4 +1,4 @@
-"""What a chunk of clients takes up while it trains: measured, by training one for a single step."""
+"""What training takes, measured: bytes, by a chunk of clients that trains for a single step, and operations, by one example."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fedsim.sim.cohort import Chunk, Trainer
 from fedsim.strategy import LocalProgram
@@ -23,3 +25,21 @@ def footprint(trainer: Trainer, program: LocalProgram, message: Any, chunk: Chun
             now += event.nbytes()
             most = max(most, now)
     return most
+
+
+class Flops(TorchDispatchMode):
+    """Counts floating-point operations by PyTorch's own rules, in `total`: its `FlopCounterMode`, without a second of imports for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what it would be skipped by is imported for it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (rule := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += rule(*args, **(kwargs or {}), out_val=out)
+        return out
