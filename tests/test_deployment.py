@@ -154,9 +154,9 @@ def test_a_node_that_is_killed_is_counted_and_the_run_goes_on_without_it(federat
 
 
 def test_a_superlink_that_starts_again_with_its_database_knows_its_nodes_and_the_run_goes_on(tmp_path):
-    path = written(tmp_path, rounds=12)
+    path = written(tmp_path, rounds=6)
     folder, straight = Folder(tmp_path / "deployed"), simulate(tmp_path, path)
-    with Federation(3, work=tmp_path / "federation", database=True) as federation:
+    with Federation(3, work=tmp_path / "federation", database=True, patience=4.0) as federation:
         log = lambda: federation.log("run")[-2000:] + federation.log("superlink")[-2000:]  # noqa: E731
         app = app_of(tmp_path, path)
         federation.run(app, output=folder.path, nodes=3, quiet=True)
@@ -164,7 +164,7 @@ def test_a_superlink_that_starts_again_with_its_database_knows_its_nodes_and_the
         federation.stop("superlink", signal.SIGKILL)
         federation.stop("run")
         done = rows(folder)[-1]["round"]
-        assert done < 12
+        assert done < 6
         federation.start_superlink()  # nodes are not registered again: they find their way back
         run = federation.run(app, output=folder.path, nodes=3, quiet=True, resume=True)
         until(lambda: folder.finished or run.poll() is not None, log)

@@ -110,12 +110,14 @@ class Federation:
         work: a folder for keys, logs and Flower's own files; None = one that is made, and removed at the end.
         database: whether the SuperLink keeps its state in a file.
         quick: `fedsim.flower.node` instead of the plain `flower-supernode`.
+        patience: seconds that a node waits for a message that has begun to come.
     """
 
     count: int
     work: Path | None = None
     database: bool = False
     quick: bool = True
+    patience: float = 20.0
     port: int = 0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -227,6 +229,7 @@ class Federation:
     def _environment(self, name: str) -> dict[str, str]:
         bin_ = os.path.dirname(sys.executable)
         more = {"FLWR_HOME": str(self.home(name)), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3"}
+        more["FEDSIM_PATIENCE"] = str(self.patience)
         more |= {"PATH": f"{bin_}{os.pathsep}{os.environ.get('PATH', '')}", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
         here = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()])
         return os.environ | more | {"PYTHONPATH": here}

@@ -4,7 +4,7 @@
         --port 9094 --node-config "partition-id=0 num-partitions=3"
 
 All options are `flower-supernode`'s. The plain command works with the same app, and is slower: it looks every three seconds, and starts a
-process for each message. FEDSIM_POLL (0.2) is the number of seconds between looks.
+process for each message. FEDSIM_POLL (0.2) is the number of seconds between looks; FEDSIM_PATIENCE, see `polling.py`.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ class Nodes:
     def evaluate(self, order: Order, strategy: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Sums over the test examples of the order's clients `{name: [N]}`, and how many each has, `[N]`; 0 where nobody answered."""
         asked = [(node, ids) for node, ids in self.by_node(order.ids).items() if node in self.here]
-        message = wire.arrays(order.message)
-        numbers = self.push([(node, replace(order, ids=ids).records(message), order.kind) for node, ids in asked], str(order.version))
+        sent = wire.arrays(order.message)
+        numbers = self.push([(node, replace(order, ids=ids).records(sent), order.kind) for node, ids in asked], str(order.version))
         out = {number: each for number, each in zip(numbers, asked, strict=True) if number is not None}
         sums: dict[str, np.ndarray] = {}
         counts, end = np.zeros(self.clients), time.monotonic() + self.patience

@@ -60,9 +60,9 @@ class Order:
             return EVALUATE
         return CALIBRATE if self.program.reads == "calibration" else TRAIN
 
-    def records(self, message: tuple[ArrayRecord, str] | None = None) -> RecordDict:
-        """As Flower's records. Inverse: `of`. With orders for several nodes, `wire.arrays(self.message)` may be made once, and given here."""
-        arrays, outline = wire.arrays(self.message) if message is None else message
+    def records(self, sent: tuple[ArrayRecord, str] | None = None) -> RecordDict:
+        """As Flower's records. Inverse: `of`. `sent` is what `wire.arrays` made of the message, where several orders have the same."""
+        arrays, outline = wire.arrays(self.message) if sent is None else sent
         config = ConfigRecord(
             {
                 "clients": [int(i) for i in self.ids],

@@ -115,8 +115,8 @@ class FlowerPort(RunPort):
         like, weight = self._form(job.program, job.message), nbytes(job.message)
         self._away[job.ids] = True
         orders = [(node, self._order(node, ids, job, version, key)) for node, ids in self._nodes.by_node(job.ids).items()]
-        message, end = wire.arrays(job.message), time.monotonic() + self._nodes.patience
-        numbers = self._nodes.push([(node, order.records(message), order.kind) for node, order in orders], str(version + 1))
+        sent, end = wire.arrays(job.message), time.monotonic() + self._nodes.patience
+        numbers = self._nodes.push([(node, order.records(sent), order.kind) for node, order in orders], str(version + 1))
         for number, (node, order) in zip(numbers, orders, strict=True):
             if number is None:
                 self._lose(order.ids, "the order could not be sent")

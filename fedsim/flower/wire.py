@@ -1,9 +1,9 @@
 """Pytrees as Flower's records, and back, with every check that an update from somebody else's machine has to pass.
 
-Tensors are named by their path in the tree, and travel as one array in the format of safetensors: Flower sends each array by requests of its
-own, which for a small model take longer than everything else in a round. What is left of the tree, its *outline*, is JSON. An order carries
-its outline, and only `Params` and records that this installation knows can come out of it. An update carries none: the server knows which
-form is due (`like`), so a reply can be nothing but numbers in that form. Nothing is pickled.
+Tensors are named by their path in the tree, and travel as one array in the format of safetensors: Flower sends each array by requests of
+its own, which for a small model take longer than everything else in a round. What is left of the tree, its *outline*, is JSON. An order
+carries its outline, and only `Params` and records that this installation knows can come out of it. An update carries none: the server knows
+which form is due (`like`), so a reply can be nothing but numbers in that form. Nothing is pickled.
 
 Where an app has arrays of its own (`from_fedsim`), they are NumPy's; bfloat16, which NumPy does not have, travels as its bits.
 """
@@ -25,7 +25,6 @@ from safetensors.torch import save as save_packed
 from torch import Tensor
 
 from fedsim.errors import FedsimError
-from fedsim.params import Params
 from fedsim.tree import dump, finite, load, tree_leaves
 
 NUMPY = "numpy.ndarray"

@@ -7,6 +7,7 @@ does what these do, by the same calls, in one process. `fedsim.flower.node` star
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import threading
 import time
@@ -31,10 +32,10 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedsim.flower.polling import look_soon
+from fedsim.flower.polling import look_soon, patience
 
-PATIENCE = 20.0
-"""Seconds that a task's message, which is on this machine already, may take."""
+PATIENCE = 120.0
+"""Seconds without any further part of a task's message, after which it is not waited for any longer: its run may have ended."""
 
 
 def client_of(address: str, component: str, *more: Any) -> RuntimeHttpClient:
@@ -77,9 +78,16 @@ class Apps:
         self._app = None
 
 
-def _input(client: RuntimeHttpClient) -> Any:
-    """What a task begins with. One whose run ended meanwhile never gets its message, and would be waited for for ever."""
+def _input(client: RuntimeHttpClient, most: float) -> Any:
+    """What a task begins with. Its message may still be on its way to this machine; where its run ended meanwhile, it never gets here."""
     found: Queue[Any] = Queue()
+    pull_object, last = client.PullObject, time.monotonic()
+
+    def watched(request: Any) -> Any:
+        nonlocal last
+        response = pull_object(request)
+        last = time.monotonic() if response.object_available else last
+        return response
 
     def pull() -> None:
         try:
@@ -87,14 +95,15 @@ def _input(client: RuntimeHttpClient) -> Any:
         except Exception as error:  # the one who waits raises it
             found.put(error)
 
+    client.PullObject = watched  # type: ignore[method-assign]
     threading.Thread(target=pull, daemon=True).start()
-    try:
-        got = found.get(timeout=PATIENCE)
-    except Empty:
-        raise TimeoutError(f"the task's message did not come within {PATIENCE:g} seconds") from None
-    if isinstance(got, Exception):
-        raise got
-    return got
+    while (left := last + most - time.monotonic()) > 0:
+        with contextlib.suppress(Empty):
+            got = found.get(timeout=left)
+            if isinstance(got, Exception):
+                raise got
+            return got
+    raise TimeoutError(f"no part of the task's message has come for {most:g} seconds")
 
 
 def serve(address: str, token: str, apps: Apps) -> None:
@@ -107,7 +116,7 @@ def serve(address: str, token: str, apps: Apps) -> None:
     status, details = SubStatus.FAILED, "the task did not begin"
     try:
         heartbeat.start()
-        message, context, run, fab = _input(client)
+        message, context, run, fab = _input(client, patience(PATIENCE))
         reply = apps.app(run, fab)(message, context)
         status, details = SubStatus.COMPLETED, ""
     except Exception as error:
