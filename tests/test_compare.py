@@ -428,6 +428,7 @@ STUDIES = {
     "factors": 9,
     "participation": 35,
     "personal_har": 24,
+    "personal_shakespeare": 18,
     "personal_vit": 18,
     "proxy": 40,
     "quick": 12,
