@@ -153,6 +153,27 @@ def test_a_node_that_is_killed_is_counted_and_the_run_goes_on_without_it(federat
     assert found[-1]["participants"] == 5
 
 
+def test_a_node_that_comes_late_takes_part_from_then_on(federation, tmp_path):
+    path = written(tmp_path, rounds=16)
+    path.write_text(path.read_text().replace("mean: 0.7", "mean: 1.0"))
+    if "node1" in federation.processes:
+        federation.stop("node1")
+    local.write_node_key(federation.key(9))
+    federation.register(9)
+    folder = Folder(tmp_path / "deployed")
+    run = federation.run(app_of(tmp_path, path), output=folder.path, nodes=2, quiet=True)
+    log = lambda: federation.log("run")[-2000:] + federation.log("late")[-2000:]  # noqa: E731
+    until(lambda: len(folder.rows()) > 2 if (folder.path / "metrics.jsonl").exists() else False, log)
+    federation.start_node(9, "partition-id=1 num-partitions=3", name="late")
+    until(lambda: folder.finished or run.poll() is not None, log)
+    assert folder.finished, log()
+    found = rows(folder)[1:]
+    assert [row["round"] for row in found] == list(range(1, 17))
+    assert found[0]["participants"] == 5
+    assert found[-1]["participants"] == 7
+    assert not any(row["lost"] or row["rejected"] for row in found)
+
+
 def test_a_superlink_that_starts_again_with_its_database_knows_its_nodes_and_the_run_goes_on(tmp_path):
     path = written(tmp_path, rounds=6)
     folder, straight = Folder(tmp_path / "deployed"), simulate(tmp_path, path)

@@ -7,14 +7,11 @@ does what these do, by the same calls, in one process. `fedsim.flower.node` star
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import threading
 import time
 from collections.abc import Callable
 from logging import ERROR
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 from flwr.app import Context, Error, Message
@@ -32,10 +29,7 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedsim.flower.polling import look_soon, patience
-
-PATIENCE = 120.0
-"""Seconds without any further part of a task's message, after which it is not waited for any longer: its run may have ended."""
+from fedsim.flower.polling import look_soon
 
 
 def client_of(address: str, component: str, *more: Any) -> RuntimeHttpClient:
@@ -78,34 +72,6 @@ class Apps:
         self._app = None
 
 
-def _input(client: RuntimeHttpClient, most: float) -> Any:
-    """What a task begins with. Its message may still be on its way to this machine; where its run ended meanwhile, it never gets here."""
-    found: Queue[Any] = Queue()
-    pull_object, last = client.PullObject, time.monotonic()
-
-    def watched(request: Any) -> Any:
-        nonlocal last
-        response = pull_object(request)
-        last = time.monotonic() if response.object_available else last
-        return response
-
-    def pull() -> None:
-        try:
-            found.put(pull_task_input(client))
-        except Exception as error:  # the one who waits raises it
-            found.put(error)
-
-    client.PullObject = watched  # type: ignore[method-assign]
-    threading.Thread(target=pull, daemon=True).start()
-    while (left := last + most - time.monotonic()) > 0:
-        with contextlib.suppress(Empty):
-            got = found.get(timeout=left)
-            if isinstance(got, Exception):
-                raise got
-            return got
-    raise TimeoutError(f"no part of the task's message has come for {most:g} seconds")
-
-
 def serve(address: str, token: str, apps: Apps) -> None:
     """Run one task: what `flwr-clientapp` does. What the app raises becomes its answer."""
     client = client_of(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
@@ -116,7 +82,7 @@ def serve(address: str, token: str, apps: Apps) -> None:
     status, details = SubStatus.FAILED, "the task did not begin"
     try:
         heartbeat.start()
-        message, context, run, fab = _input(client, patience(PATIENCE))
+        message, context, run, fab = pull_task_input(client)
         reply = apps.app(run, fab)(message, context)
         status, details = SubStatus.COMPLETED, ""
     except Exception as error:
