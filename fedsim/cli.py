@@ -113,7 +113,7 @@ def run(
         if not finished:
             with _explained(document, verbose):
                 if folder is None:
-                    world, folder = session.begin(parsed, output)
+                    world, folder = session.begin(parsed, output, runtime)
                 else:
                     world = session.take_up(parsed, folder)
                 flower = runtime == "flower-simulation"
@@ -141,6 +141,7 @@ def deploy(
             _fail("give either --out DIR, to write the app, or --local N, to run it here", 2)
         if (scenario is None) == (resume is None) or (resume is not None and (set_ or output)):
             _fail("give either a SCENARIO, or --resume FOLDER, which goes on with the scenario in the folder", 2)
+        from fedsim import session
         from fedsim.bundle import find_scenario
 
         path = find_scenario(scenario) if scenario is not None else None
@@ -156,6 +157,8 @@ def deploy(
                 return
             folder = Folder.open(resume) if resume is not None else Folder.create(output, parsed.name)
             finished = folder.finished
+            if resume is not None and not finished:
+                session.same_runtime(folder, "flower")
             if not finished and (code := deploy_locally(parsed, folder, local or 1, resume is not None, quiet or as_json, verbose)):
                 raise typer.Exit(code)
             _tell_run(folder, finished, as_json)

@@ -48,10 +48,10 @@ SCORE = "accuracy"
 """What the share of correct answers is called in a log."""
 
 
-def start(scenario: Scenario, world: World, folder: Folder) -> None:
-    """Write what a run folder begins with."""
+def start(scenario: Scenario, world: World, folder: Folder, runtime: str = "simulation") -> None:
+    """Write what a run folder begins with. `runtime`: where its clients are, one of `manifest.RUNTIMES`."""
     folder.write_scenario(dump_scenario(scenario))
-    folder.write_manifest(manifest(scenario, world))
+    folder.write_manifest(manifest(scenario, world, runtime))
 
 
 def train(

@@ -19,10 +19,19 @@ from fedsim.scenario import Scenario
 from fedsim.world import World
 
 
-def manifest(scenario: Scenario, world: World) -> dict[str, Any]:
-    """What the bits of a result depend on besides the scenario, and what one wants to know of a run."""
+RUNTIMES = {
+    "simulation": "fedsim run --resume {}",
+    "flower-simulation": "",
+    "flower": "fedsim deploy --resume {} --local N",
+}
+"""Where a run's clients can be, and the command that goes on with it, of its folder; none where nodes forget what devices remember."""
+
+
+def manifest(scenario: Scenario, world: World, runtime: str = "simulation") -> dict[str, Any]:
+    """What the bits of a result depend on besides the scenario, and what one wants to know of a run. `runtime`: one of `RUNTIMES`."""
     return {
         "fedsim": __version__,
+        "runtime": runtime,
         "seed": scenario.seed,
         "versions": environment(),
         "machine": {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},

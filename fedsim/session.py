@@ -11,9 +11,10 @@ from typing import Any
 
 from fedsim.console import Bar, Display, Lines, Row, Silent, StudyLines, StudySilent, Verbose, terminal
 from fedsim.document import Document
+from fedsim.errors import FedsimError
 from fedsim.folder import Folder
 from fedsim.grid import Plan
-from fedsim.manifest import differences, manifest
+from fedsim.manifest import RUNTIMES, differences, manifest
 from fedsim.scenario import Scenario
 from fedsim.trackers import tracked
 from fedsim.world import World, build
@@ -22,23 +23,32 @@ INTERRUPTED = 130
 """The exit code of what was interrupted and can go on."""
 
 
-def begin(scenario: Scenario, output: Path | None) -> tuple[World, Folder]:
-    """Build a scenario's world, and make its run folder."""
+def begin(scenario: Scenario, output: Path | None, runtime: str = "simulation") -> tuple[World, Folder]:
+    """Build a scenario's world, and make its run folder. `runtime`: where its clients are, one of `manifest.RUNTIMES`."""
     from fedsim import experiment
 
     world = build(scenario)
     folder = Folder.create(output or (Path(scenario.output.folder) if scenario.output.folder else None), scenario.name)
     folder.lock()
-    experiment.start(scenario, world, folder)
+    experiment.start(scenario, world, folder, runtime)
     return world, folder
 
 
-def take_up(scenario: Scenario, folder: Folder) -> World:
-    """Build the world of a run that is to be continued; warn of what has changed since."""
+def take_up(scenario: Scenario, folder: Folder, runtime: str = "simulation") -> World:
+    """Build the world of a run that is to be continued; warn of what has changed since. Raises where it began in another runtime."""
+    same_runtime(folder, runtime)
     world = build(scenario)
     folder.lock()
     warn_of_changes(folder, scenario, world)
     return world
+
+
+def same_runtime(folder: Folder, runtime: str) -> None:
+    """Raise where a run that is to be continued in a runtime began in another."""
+    if (began := folder.manifest().get("runtime", runtime)) != runtime:
+        command = RUNTIMES[began].format(folder.path)
+        fix = f"go on with: {command}" if command else "its nodes forget, so it cannot be continued; run its scenario again"
+        raise FedsimError(f"{folder.path}: this run began with the runtime '{began}'; {fix}")
 
 
 def warn_of_changes(folder: Folder, scenario: Scenario, world: World) -> None:

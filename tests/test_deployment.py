@@ -199,7 +199,7 @@ def test_one_command_deploys_shows_the_result_and_leaves_no_process_behind(tmp_p
     done = subprocess.run([*command, "--output", tmp_path / "run"], capture_output=True, text=True, timeout=SLOW)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Final test.accuracy" in done.stdout
-    assert [row["round"] for row in rows(Folder(tmp_path / "run"))] == [0, 1, 2] or rows(Folder(tmp_path / "run"))[-1]["round"] == 2
+    assert rows(Folder(tmp_path / "run"))[-1]["round"] == 2
     assert not left_behind(before)
 
 

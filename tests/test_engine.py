@@ -149,9 +149,11 @@ class Sleepy(Sgd):
     woken: str = ""
 
     def begin(self, problem, message, memory):
-        if not Path(self.woken).exists():
-            Path(self.woken).touch()
-            time.sleep(600)
+        try:
+            Path(self.woken).touch(exist_ok=False)  # of two that begin at once, one hangs
+        except FileExistsError:
+            return super().begin(problem, message, memory)
+        time.sleep(600)
         return super().begin(problem, message, memory)
 
 

@@ -7,7 +7,10 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from fedsim import session
 from fedsim.cli import app
+from fedsim.report import render
+from fedsim.scenario import load
 
 SCENARIO = """
 name: both
@@ -63,6 +66,25 @@ def test_what_cannot_be_compared_is_refused(file, tmp_path, setting, why):
     done = fedsim("run", file, "--output", tmp_path / "out", "--runtime", "flower-simulation", *more, "--set", setting)
     assert done.exit_code == 2
     assert why in done.output
+
+
+@pytest.mark.parametrize(
+    ("began", "command", "said"),
+    [
+        ("flower-simulation", ["run", "--resume"], "its nodes forget, so it cannot be continued; run its scenario again"),
+        ("flower", ["run", "--resume"], "go on with: fedsim deploy --resume {} --local N"),
+        ("simulation", ["deploy", "--local", "2", "--resume"], "go on with: fedsim run --resume {}"),
+    ],
+)
+def test_a_run_goes_on_only_where_it_began(file, tmp_path, began, command, said):
+    _, folder = session.begin(load(file)[0], tmp_path / "run", began)
+    folder.unlock()
+    done = fedsim(*command, folder.path)
+    assert done.exit_code == 1
+    assert f"this run began with the runtime '{began}'; " + said.format(folder.path) in " ".join(done.output.split())
+    page, _ = render(folder.path)
+    assert ("fedsim run --resume" in page) == (began == "simulation")
+    assert ("fedsim deploy --resume" in page) == (began == "flower")
 
 
 def test_a_runtime_that_does_not_exist(file):

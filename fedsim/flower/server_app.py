@@ -49,6 +49,10 @@ from fedsim.trackers import tracked
 from fedsim.world import World
 
 
+RUNTIME = "flower"
+"""What the manifest calls a deployment."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What `flwr run -c` may set; see above."""
@@ -113,10 +117,10 @@ def run(path: Path, grid: Grid, settings: Settings) -> Folder:
         if folder.finished:
             raise FedsimError(f"this run is finished: {folder.path}")
         scenario, _ = load(folder.path / "scenario.yaml")
-        world = session.take_up(scenario, folder)
+        world = session.take_up(scenario, folder, RUNTIME)
     else:
         scenario, _ = load(path)
-        world, folder = session.begin(scenario, Path(settings.output) if settings.output else None)
+        world, folder = session.begin(scenario, Path(settings.output) if settings.output else None, RUNTIME)
     try:
         _train(scenario, world, folder, Nodes(grid, world.data.clients, settings.poll, settings.patience), settings)
     finally:

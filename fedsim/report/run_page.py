@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from fedsim.document import write
+from fedsim.manifest import RUNTIMES
 from fedsim.report import coverage, maps, run_figures
 from fedsim.report.formats import name_of, number, seconds, traffic
 from fedsim.report.page import Page, Section, Table
@@ -112,6 +113,8 @@ def _machine(run: Run) -> list[tuple[str, str]]:
         return []
     engine, machine = m["engine"], m["machine"]
     where = f"{engine['workers']} Ray workers" if engine["workers"] else "one process"
+    if (runtime := m.get("runtime", "simulation")) != "simulation":
+        where = runtime
     return [
         ("started", str(m["started"])),
         ("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['platform']}"),
@@ -125,6 +128,6 @@ def _machine(run: Run) -> list[tuple[str, str]]:
 def _commands(run: Run) -> str:
     folder = shlex.quote(run.path.as_posix())
     lines = [f"fedsim run {folder}/scenario.yaml --output again      # the same bits on this type of machine"]
-    if not run.finished:
-        lines.append(f"fedsim run --resume {folder}")
+    if not run.finished and (command := RUNTIMES[run.manifest.get("runtime", "simulation")]):
+        lines.append(command.format(folder))
     return "\n".join(lines)
