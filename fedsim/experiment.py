@@ -84,7 +84,7 @@ def open_executor(scenario: Scenario, world: World, cluster: Cluster | None = No
     patience = Patience(engine.retries, engine.timeout, engine.on_failure == "lose")
     torch.set_num_threads(engine.threads)  # evaluation and aggregation, too: a threaded product may round differently
     if world.workers:
-        return RayPool(trainer, world.workers, engine.threads, patience, engine.address, cluster)
+        return RayPool(trainer, world.workers, engine.threads, patience, engine.address, cluster, engine.precision)
     return Inline(trainer, engine.threads, patience)
 
 
@@ -136,7 +136,7 @@ class _Training:
         return self.runtime.executor
 
     def rounds(self) -> Generator[Row, None, None]:
-        saved = self.folder.latest()
+        saved = self.folder.latest(self.world.device)
         self.folder.rewind(saved[0] if saved else -1)
         progress = _Progress.load(saved[1]) if saved else _Progress(counts=self.world.ledger.start())
         stages = self.world.ledger.stages

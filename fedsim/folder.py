@@ -143,15 +143,15 @@ class Folder:
         """The checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("round-*.json"))
 
-    def latest(self) -> tuple[int, Any] | None:
-        """The newest checkpoint, as its round and its tree, or None if there is none yet."""
+    def latest(self, device: str = "cpu") -> tuple[int, Any] | None:
+        """The newest checkpoint, as its round and its tree, or None if there is none yet. What was not in RAM comes to `device`."""
         checkpoints = self.checkpoints()
         for older in checkpoints[:-1]:
             with suppress(FedsimError):  # only to know what it refers to
                 self._load(older)
-        return self._load(checkpoints[-1]) if checkpoints else None
+        return self._load(checkpoints[-1], device) if checkpoints else None
 
-    def _load(self, path: Path) -> tuple[int, Any]:
+    def _load(self, path: Path, device: str = "cpu") -> tuple[int, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -163,7 +163,7 @@ class Folder:
             raise FedsimError(f"{path}: cannot be read ({error}); delete it to go on from the one before") from None
         if meta.get("format") != FORMAT:
             raise FedsimError(f"{path}: format {meta.get('format')}; this version of fedsim reads format {FORMAT}")
-        tree = load(arrays, meta["outline"], self.path)
+        tree = load(arrays, meta["outline"], self.path, device)
         self._kept[str(path.relative_to(self.path))] = _tables(tree)
         return meta["round"], tree
 

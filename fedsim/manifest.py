@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import replace
 from importlib.metadata import version as version_of
 from typing import Any
 
@@ -17,7 +18,6 @@ from fedsim.errors import FedsimError
 from fedsim.params import Params
 from fedsim.scenario import Scenario
 from fedsim.world import World
-
 
 RUNTIMES = {
     "simulation": "fedsim run --resume {}",
@@ -44,10 +44,19 @@ def manifest(scenario: Scenario, world: World, runtime: str = "simulation") -> d
             "mode": world.mode,
             "compile": scenario.engine.compile,
             "device": world.device,
+            "precision": scenario.engine.precision,
             "workers": world.workers,
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def as_began(scenario: Scenario, then: dict[str, Any]) -> Scenario:
+    """The scenario with the device on which a run began, where it leaves that open: on another, the last bits would differ."""
+    device = then["engine"]["device"]
+    if scenario.engine.device != "auto" or (device == "cuda" and not torch.cuda.is_available()):
+        return scenario
+    return replace(scenario, engine=replace(scenario.engine, device=device))
 
 
 def _digest(w: Params) -> str:
@@ -72,7 +81,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if then["machine"]["processor"] != now["machine"]["processor"]:
         changed.append(f"processor {then['machine']['processor']} -> {now['machine']['processor']}")
     was, is_ = then["engine"], now["engine"]
-    changed += [f"engine.{k} {was[k]} -> {is_[k]}" for k in ("mode", "compile", "device") if was[k] != is_[k]]
+    changed += [f"engine.{k} {was[k]} -> {is_[k]}" for k in ("mode", "compile", "device", "precision") if was.get(k, is_[k]) != is_[k]]
     return changed
 
 

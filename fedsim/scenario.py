@@ -33,6 +33,7 @@ from fedsim.pace import Pace, Sync
 from fedsim.privacy import Accountant, Protection
 from fedsim.registry import dump, section
 from fedsim.strategy import LocalProgram, Strategy
+from fedsim.types import Precision
 from fedsim.wording import explain
 from fedsim.wrapper import Wrapper
 
@@ -82,6 +83,7 @@ class Engine:
     chunk: clients that train as one program, or auto.
     device: cpu, cuda, or auto: cuda where there is one.
     dtype: of parameters and inputs.
+    precision: of products of float32 on a GPU, in PyTorch's words: highest = float32; high = TF32, three digits; medium = bfloat16.
     mode: loop = one client after the other, vmap = a chunk stacked, auto = by model and device.
     compile: whether every program's step is compiled (torch.compile; on a GPU with CUDA graphs). Starting takes up to a minute longer, so
         it pays in long runs of programs that are not plain gradient descent.
@@ -96,6 +98,7 @@ class Engine:
     chunk: Annotated[int, Gt(0)] | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    precision: Precision = "highest"
     mode: Literal["auto", "loop", "vmap"] = "auto"
     compile: bool = False
     threads: Annotated[int, Gt(0), Le(1024)] = 1

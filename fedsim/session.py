@@ -14,7 +14,7 @@ from fedsim.document import Document
 from fedsim.errors import FedsimError
 from fedsim.folder import Folder
 from fedsim.grid import Plan
-from fedsim.manifest import RUNTIMES, differences, manifest
+from fedsim.manifest import RUNTIMES, as_began, differences, manifest
 from fedsim.scenario import Scenario
 from fedsim.trackers import tracked
 from fedsim.world import World, build
@@ -37,7 +37,7 @@ def begin(scenario: Scenario, output: Path | None, runtime: str = "simulation") 
 def take_up(scenario: Scenario, folder: Folder, runtime: str = "simulation") -> World:
     """Build the world of a run that is to be continued; warn of what has changed since. Raises where it began in another runtime."""
     same_runtime(folder, runtime)
-    world = build(scenario)
+    world = build(as_began(scenario, folder.manifest()))
     folder.lock()
     warn_of_changes(folder, scenario, world)
     return world

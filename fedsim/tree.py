@@ -72,7 +72,7 @@ def dump(tree: Any) -> tuple[dict[str, Tensor], Any]:
             while path in arrays:
                 path += "'"
             arrays[path] = node.detach().cpu().contiguous()
-            return {"tensor": path}
+            return {"tensor": path} if node.device.type == "cpu" else {"tensor": path, "accelerated": True}
         if isinstance(node, Leaf):
             return {"leaf": f"{type(node).__module__}.{type(node).__qualname__}", "saved": outline(node.save(), path)}
         if isinstance(node, Params):
@@ -100,8 +100,11 @@ _BUILD: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
 }
 
 
-def load(arrays: dict[str, Tensor], outline: Any, folder: Path | None = None) -> Any:
-    """The pytree that `dump` described. `folder` is the run folder, for leaves that left something in it."""
+def load(arrays: dict[str, Tensor], outline: Any, folder: Path | None = None, device: torch.device | str = "cpu") -> Any:
+    """The pytree that `dump` described.
+
+    `folder` is the run folder, for leaves that left something in it; tensors that were not in RAM come to `device`.
+    """
 
     def build(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -112,8 +115,10 @@ def load(arrays: dict[str, Tensor], outline: Any, folder: Path | None = None) ->
             return _RECORDS[node["record"]](**{k: build(v) for k, v in node["fields"].items()})
         if "leaf" in node:
             return Leaf._known[node["leaf"]].load(build(node["saved"]), folder)
+        if "tensor" in node:
+            return arrays[node["tensor"]].to(device if "accelerated" in node else "cpu")
         ((kind, body),) = node.items()
-        return arrays[body] if kind == "tensor" else _BUILD[kind](body, build)
+        return _BUILD[kind](body, build)
 
     return build(outline)
 
@@ -152,6 +157,11 @@ def weighted_sum(tree: Any, weight: Tensor) -> Any:
     return tree_map(lambda leaf: torch.tensordot(weight.to(leaf), leaf, dims=1), tree)
 
 
+def device_of(tree: Any) -> torch.device:
+    """Where those tensors of a pytree are that are not in RAM; the CPU where all are."""
+    return next((leaf.device for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type != "cpu"), torch.device("cpu"))
+
+
 def nbytes(tree: Any) -> int:
     """What the tensors of a pytree weigh, in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
@@ -186,22 +196,26 @@ def _form(leaf: Tensor) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a tensor was in a tree that `flatten` emptied."""
+    """Where a tensor was in a tree that `flatten` emptied, and whether it was not in RAM."""
 
     shape: torch.Size
     dtype: torch.dtype
+    accelerated: bool
 
 
 def flatten(tree: Any) -> tuple[list[Tensor], Any]:
-    """One contiguous vector for each dtype of a pytree, and the tree with a `Slot` in place of each tensor."""
+    """One contiguous vector in RAM for each dtype of a pytree, and the tree with a `Slot` in place of each tensor."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     dtypes = dict.fromkeys(leaf.dtype for leaf in tensors)
-    empty = tree_map(lambda leaf: Slot(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, tree)
-    return [torch.cat([leaf.reshape(-1) for leaf in tensors if leaf.dtype == d]) for d in dtypes], empty
+    empty = tree_map(lambda leaf: Slot(leaf.shape, leaf.dtype, leaf.device.type != "cpu") if isinstance(leaf, Tensor) else leaf, tree)
+    return [torch.cat([leaf.detach().cpu().reshape(-1) for leaf in tensors if leaf.dtype == d]) for d in dtypes], empty
 
 
-def unflatten(vectors: list[Tensor], empty: Any) -> Any:
-    """Inverse of `flatten`. Leaves are fresh tensors: a view into a vector may be aligned otherwise, and round otherwise."""
+def unflatten(vectors: list[Tensor], empty: Any, device: torch.device | str = "cpu") -> Any:
+    """Inverse of `flatten`; tensors that were not in RAM come to `device`.
+
+    Leaves are fresh tensors: a view into a vector may be aligned otherwise, and round otherwise.
+    """
     by_dtype = {v.dtype: v for v in vectors}
     offset = dict.fromkeys(by_dtype, 0)
 
@@ -210,6 +224,7 @@ def unflatten(vectors: list[Tensor], empty: Any) -> Any:
             return slot
         start = offset[slot.dtype]
         offset[slot.dtype] = end = start + slot.shape.numel()
-        return by_dtype[slot.dtype][start:end].view(slot.shape).clone()
+        leaf = by_dtype[slot.dtype][start:end].view(slot.shape)
+        return leaf.to(device) if slot.accelerated and torch.device(device).type != "cpu" else leaf.clone()
 
     return tree_map(fill, empty)

@@ -38,6 +38,10 @@ class Draw:
     shape: tuple[int, ...]
 
 
+Precision = Literal["highest", "high", "medium"]
+"""Of products of float32 on a GPU, in the words of `torch.set_float32_matmul_precision`."""
+
+
 @record
 class Batch:
     """One step's data for one client. `mask` is 1 for an example and 0 for padding; without a mask there is no padding."""

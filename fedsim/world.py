@@ -24,6 +24,7 @@ from fedsim.params import Params
 from fedsim.problem import Classification, Inputs, Network, Problem
 from fedsim.scenario import Phase, Scenario
 from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
+from fedsim.sim.executor import settle
 from fedsim.sim.footprint import Flops, footprint
 from fedsim.sim.port import default_chunk
 from fedsim.tree import stack
@@ -286,9 +287,11 @@ def expected_cohort(scenario: Scenario, clients: int, labels: np.ndarray | None,
 def _device(scenario: Scenario) -> str:
     if scenario.engine.device == "cuda" and not torch.cuda.is_available():
         raise ScenarioError("engine.device", "no CUDA device is available to PyTorch here; use cpu, or auto")
-    if scenario.engine.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return scenario.engine.device
+    device = scenario.engine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settle(device, scenario.engine.precision)
+    return device
 
 
 def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,10 @@
-"""For all tests: what imports and collection have made stays, so the garbage collector need not look through it again and again."""
+"""For all tests: the CPU computes, and what imports and collection have made is not searched for garbage again and again."""
 
 import gc
+import os
+
+if not os.environ.get("FEDSIM_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks; tests/test_gpu.py is for a GPU
 
 import hypothesis  # noqa: F401  (before the freeze: it looks for who refers to what)
 

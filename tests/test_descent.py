@@ -90,6 +90,41 @@ def test_descending_in_place_equals_stepping(program, network, mode):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
+IMAGES = {
+    "padded": nn.Sequential(
+        nn.Conv2d(2, 3, (3, 2), padding=(1, 0)),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    ),
+    "dropout": nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Sequential(Dropout(0.3), nn.MaxPool2d(3)), nn.Flatten(), nn.Linear(6, 3)),
+}
+"""Chains for images of 2 x 8 x 7, which a CPU does not run as such."""
+
+
+@pytest.mark.parametrize("network", IMAGES)
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_convolutions_descend_along_a_chain(program, network, monkeypatch):
+    module = IMAGES[network].double()
+    draws = {"2.0.uniform": Draw("uniform", (3, 6, 5))} if network == "dropout" else {}
+    monkeypatch.setitem(NETWORKS, "images", (module, draws))
+    trainer, w = trainer_of("images", "vmap", Classification(3))
+    trainer = replace(trainer, x=torch.randn(len(trainer.x), 2, 8, 7, dtype=torch.float64))
+    chained = replace(trainer)
+    vars(chained)["_chain"] = chain_of(module, (2, 8, 7), convolutions=True)
+    assert chained._chain is not None
+    assert trainer._chain is None
+    chunk = Chunk(IDS, 4, rng.fold(9), {}, None)
+    fast, slow = chained.train((program, w), chunk), trainer.train((Stepwise(**vars(program)), w), chunk)
+    for name, leaf in slow.payload.items():
+        assert leaf.abs().max() > 1e-3
+        torch.testing.assert_close(fast.payload[name], leaf, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fast.metrics["loss"], slow.metrics["loss"], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("task", [Regression(3), MultiLabel(3), Classification(3)])
 def test_every_task_descends_along_a_chain(task):
     fast, slow = (train(p, "chain", "vmap", task) for p in (PROGRAMS["plain"], Stepwise(**vars(PROGRAMS["plain"]))))
@@ -119,6 +154,12 @@ def test_what_is_no_chain():
     assert chain_of(nn.Sequential(shared, nn.ReLU(), shared), (4,)) is None
     assert chain_of(nn.Sequential(hooked), (4,)) is None
     assert chain_of(nn.Sequential(nn.ReLU()), (4,)) is None
+    for layer in (nn.Conv2d(1, 2, 3, stride=2), nn.Conv2d(1, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, groups=2), nn.MaxPool2d(3, 2)):
+        network = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2))
+        assert chain_of(network, (1, 8, 8), convolutions=True) is None
+    assert chain_of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)), (1, 3, 3), convolutions=True) is not None
+    assert chain_of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)), (1, 3, 3)) is None
+    assert chain_of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(1, 2), nn.Flatten()), (1, 3, 3), convolutions=True) is None
 
 
 def test_a_program_with_a_step_of_its_own_or_more_than_descent_is_stepped():

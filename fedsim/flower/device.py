@@ -28,7 +28,7 @@ from fedsim.registry import restore
 from fedsim.scenario import Evaluate, Phase, Scenario
 from fedsim.sim.cohort import Chunk, ChunkReply, Trainer, order
 from fedsim.sim.port import default_chunk
-from fedsim.tree import concat, rows, stack
+from fedsim.tree import concat, rows, stack, tree_map
 from fedsim.world import World, build
 
 Store = MutableMapping[str, Any]
@@ -79,6 +79,7 @@ class Device:
 
     def train(self, order: Order, store: Store) -> Answer:
         """Run the order's program for its clients. Their memories are taken from `store`, and left there."""
+        order = self._received(order)
         stage, trainer, blank = self._enter(order, store)
         assert order.program is not None
         due = stage.strategy.local
@@ -98,6 +99,7 @@ class Device:
 
     def evaluate(self, order: Order, store: Store) -> Answer:
         """The order's model on the test data of its clients: sums over each one's examples."""
+        order = self._received(order)
         stage, trainer, blank = self._enter(order, store)
         lists, strategy = self.world.data.client_test, stage.strategy
         ids = np.sort(order.ids)
@@ -112,6 +114,12 @@ class Device:
         metrics = {name: (torch.stack([score[name] for score in scores]), counts) for name in scores[0]}
         return Answer(ids, None, metrics, strategy.registered_name, order.version)
 
+    def _received(self, order: Order) -> Order:
+        """The order, with its message where this node computes."""
+        return replace(
+            order, message=tree_map(lambda leaf: leaf.to(self.world.device) if isinstance(leaf, torch.Tensor) else leaf, order.message)
+        )
+
     def _enter(self, order: Order, store: Store) -> tuple[Phase, Trainer, Any]:
         """The phase of an order, what trains in it, and the memory of a client that never took part."""
         stages = self.world.ledger.stages
@@ -125,7 +133,7 @@ class Device:
             self._trainers.pop(order.phase, None)
         if order.phase and name not in store:
             raise Malformed(LACKS_FROZEN)
-        before = Params(wire.unpack(store[name])) if order.phase else None
+        before = Params(wire.unpack(store[name])).to(self.world.device) if order.phase else None
         frozen, first = self.world.enter(stage, before)
         if order.phase not in self._trainers:
             self._trainers[order.phase] = self.world.trainer(self.scenario.engine.compile).freeze(frozen)

@@ -48,7 +48,6 @@ from fedsim.sim.executor import Executor
 from fedsim.trackers import tracked
 from fedsim.world import World
 
-
 RUNTIME = "flower"
 """What the manifest calls a deployment."""
 

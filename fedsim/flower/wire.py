@@ -25,7 +25,7 @@ from safetensors.torch import save as save_packed
 from torch import Tensor
 
 from fedsim.errors import FedsimError
-from fedsim.tree import dump, finite, load, tree_leaves
+from fedsim.tree import device_of, dump, finite, load, tree_leaves
 
 NUMPY = "numpy.ndarray"
 """Flower's name for arrays in NumPy's own format."""
@@ -151,7 +151,7 @@ def read(tensors: Mapping[str, Tensor], like: Any, count: int | None = None) -> 
         found, shape = tensors[name], (*ahead, *want.shape)
         if found.dtype != want.dtype or tuple(found.shape) != shape:
             raise Malformed(f"update has {_kind(found.dtype)}{list(found.shape)} at {name}, not {_kind(want.dtype)}{list(shape)}")
-    return load(_Named(tensors), outline)
+    return load(_Named(tensors), outline, device=device_of(like))
 
 
 def faults(stack: Any, most: float | None = None) -> dict[int, str]:

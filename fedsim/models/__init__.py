@@ -16,9 +16,9 @@ from fedsim.models import (  # noqa: F401  (imported to register)
     residual,
 )
 from fedsim.models.adapt import Adapt, Fitted, trained
-from fedsim.models.chain import Link, chain_of
+from fedsim.models.chain import Link, chain_of, matrix, unshared
 from fedsim.models.dropout import Dropout
 from fedsim.models.model import Model, realise
 from fedsim.models.surgery import loops, vmappable
 
-__all__ = ["Adapt", "Dropout", "Fitted", "Link", "Model", "chain_of", "loops", "realise", "trained", "vmappable"]
+__all__ = ["Adapt", "Dropout", "Fitted", "Link", "Model", "chain_of", "loops", "matrix", "realise", "trained", "unshared", "vmappable"]

@@ -153,7 +153,7 @@ class Trainer:
 
     @cached_property
     def _chain(self) -> tuple[Link, ...] | None:
-        return chain_of(self.problem.network.module, self.x.shape[1:])
+        return chain_of(self.problem.network.module, self.x.shape[1:], convolutions=self.x.device.type != "cpu")
 
     @cached_property
     def _compiled(self) -> CompiledSteps:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.local import Descent, Learner
-from fedsim.models import Link
+from fedsim.models import Link, matrix, unshared
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.sim.feed import Feed
@@ -78,14 +78,14 @@ class Mover:
 
     def move_along(self, name: str, a: Tensor, b: Tensor | None) -> None:
         """One step of the parameter `name` alone: along the gradient `a @ b` `[C, m, n]`, which is never stored, or along `a`."""
-        rule, w = self.rule, self.w[name]
-        away = w - self.received[name] if rule.proximal else None
+        rule, w = self.rule, matrix(self.w[name])
+        away = w - matrix(self.received[name]) if rule.proximal else None
         if not rule.momentum:
             _add_product(w, a, b, 1 - rule.rate * rule.decay, -rule.rate)
             if away is not None:
                 w.add_(away, alpha=-rule.rate * rule.proximal)
             return
-        v = self.v[name]
+        v = matrix(self.v[name])
         _add_product(v, a, b, rule.momentum, 1.0)
         if rule.decay:
             v.add_(w, alpha=rule.decay)
@@ -106,7 +106,7 @@ def _add_product(target: Tensor, a: Tensor, b: Tensor | None, beta: float, alpha
 
 def descend(rule: Descent, carry: Learner, feed: Feed, chain: tuple[Link, ...] | None) -> Learner:
     """All steps of a pass for a stack of clients: in closed form along a `chain`, else by gradients under `vmap`."""
-    mover = Mover.of(rule, {k: v.clone(memory_format=torch.contiguous_format) for k, v in carry.w.items()}, dict(carry.w))
+    mover = Mover.of(rule, {k: unshared(v) for k, v in carry.w.items()}, dict(carry.w))
     loss, seen = carry.loss.clone(), carry.seen.clone()
     step = _by_chain(feed.problem, chain) if chain else _by_vmap(feed.problem)
     for own in _groups(carry) if chain else [slice(0, len(loss))]:
@@ -152,17 +152,19 @@ def _by_vmap(problem: Problem) -> Step:
 
 
 def _by_chain(problem: Problem, chain: tuple[Link, ...]) -> Step:
+    lowest = next(i for i, link in enumerate(chain) if link.learns)
+
     @torch.no_grad()
     def step(mover: Mover, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         assert batch.mask is not None
         count = batch.mask.sum(1)  # [C]
-        values = [batch.x.flatten(2)]  # the input of each link, and the output
+        values = [batch.x]  # the input of each link, and the output
         for link in chain:
             values.append(link.forward(mover.w, values[-1], draws))
         each, slope = problem.task.slope(values[-1].flatten(0, 1), batch.y.flatten(0, 1))  # [C * B], [C * B, K]
         d = slope.view(values[-1].shape) * (batch.mask / count[:, None]).to(slope.dtype)[..., None]
-        for i, (x, y) in reversed(list(enumerate(pairwise(values)))):
-            d = chain[i].backward(mover.w, x, y, d, draws, i == 0, mover.move_along)
+        for i, (x, y) in reversed(list(enumerate(pairwise(values)))[lowest:]):
+            d = chain[i].backward(mover.w, x, y, d, draws, i == lowest, mover.move_along)
         return (each.view(batch.mask.shape) * batch.mask).sum(1), count
 
     return step

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,16 @@ from fedsim.problem import Problem
 from fedsim.strategy import LocalProgram
 from fedsim.tree import rows
 from fedsim.types import Batch, Draws, Work
+
+
+@cache
+def _uniform_on_gpu() -> Callable[[rng.Keys, tuple[int, ...], torch.device], Tensor] | None:
+    """`rng.uniform`, on a GPU; None without Triton."""
+    try:
+        from fedsim.sim.philox import uniform
+    except ImportError:
+        return None
+    return uniform
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,9 @@ class Feed:
         for j, (name, draw) in enumerate(sorted(wanted.items())):
             step_keys = rng.fold_each(rng.fold_each(keys, np.array([s])), np.array([j]))
             entropy = self.problem.entropy if protected or name == NOISE else KEYED  # noise is nobody's to foresee, epsilon or not
+            if draw.kind == "uniform" and entropy is KEYED and self.x.device.type == "cuda" and (on_gpu := _uniform_on_gpu()):
+                out[name] = on_gpu(step_keys, draw.shape, self.x.device)
+                continue
             source = entropy.normal if draw.kind == "normal" else entropy.uniform
             out[name] = torch.from_numpy(source(step_keys, draw.shape)).to(self.x.device)
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -17,6 +18,11 @@ def footprint(trainer: Trainer, program: LocalProgram, message: Any, chunk: Chun
     """The most bytes that are allocated at a time, beyond data and message, while `chunk` takes one step of `program`."""
     single: Any = replace(program, steps=1)  # type: ignore[type-var]
     plain = replace(trainer, compile=False)
+    if (device := trainer.x.device).type != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        plain.train((single, message), chunk)
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         plain.train((single, message), chunk)
     now = most = 0

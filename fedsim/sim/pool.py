@@ -21,9 +21,9 @@ from torch import Tensor
 from fedsim.errors import ClientError, FedsimError
 from fedsim.params import Params
 from fedsim.sim.cohort import Trainer
-from fedsim.sim.executor import PATIENT, Executor, Failure, Patience
+from fedsim.sim.executor import PATIENT, Executor, Failure, Patience, settle
 from fedsim.tree import flatten, unflatten
-from fedsim.types import Batch
+from fedsim.types import Batch, Precision
 
 PAGE = 4096
 """Bytes of a memory page, or fewer."""
@@ -43,8 +43,8 @@ class Packed:
         return Packed([_to_numpy(v) for v in vectors], [v.dtype for v in vectors], empty)
 
     def tree(self, device: torch.device | str = "cpu") -> Any:
-        vectors = [_to_torch(v, d).to(device) for v, d in zip(self.vectors, self.dtypes, strict=True)]
-        return unflatten(vectors, self.empty)
+        """The tree; what was not in RAM comes to `device`."""
+        return unflatten([_to_torch(v, d) for v, d in zip(self.vectors, self.dtypes, strict=True)], self.empty, device)
 
 
 def _to_numpy(vector: Tensor) -> np.ndarray:
@@ -61,7 +61,8 @@ def _to_torch(vector: np.ndarray, dtype: torch.dtype) -> Tensor:
 class Worker:
     """A Ray actor: a `Trainer` over data that it shares with its neighbours."""
 
-    def __init__(self, trainer: Trainer, data: list[Packed], device: str, threads: int):
+    def __init__(self, trainer: Trainer, data: list[Packed], device: str, threads: int, precision: Precision):
+        settle(device, precision)
         torch.set_num_threads(threads)
         self._device = device
         self._trainer = _with_data(trainer, [_resident(part, device) for part in data])
@@ -128,6 +129,7 @@ class RayPool(Executor):
         patience: with workers that fail.
         address: of a Ray cluster to join, or None for a Ray of our own on this machine.
         cluster: a Ray to share with later pools, which outlives this one; None for one that ends with it.
+        precision: of products of float32 on a GPU.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class RayPool(Executor):
         patience: Patience = PATIENT,
         address: str | None = None,
         cluster: Cluster | None = None,
+        precision: Precision = "highest",
     ):
         data = [trainer.x, trainer.y, *((trainer.test.x, trainer.test.y) if trainer.test else ())]
         self.mode = trainer.mode
@@ -148,14 +151,14 @@ class RayPool(Executor):
         self._device = device = str(trainer.x.device.type)
         share = torch.cuda.device_count() / workers if device == "cuda" and not address else 0
         self._actor = ray.remote(num_cpus=threads, num_gpus=share)(Worker)
-        self._arguments = (ray.put(_with_data(trainer, [])), [ray.put(Packed.of(part)) for part in data], device, threads)
+        self._arguments = (ray.put(_with_data(trainer, [])), [ray.put(Packed.of(part)) for part in data], device, threads, precision)
         self._frozen = ray.put(Packed.of(None))
         self._actors = [self._spawn() for _ in range(workers)]
         ray.get([actor.ready.remote() for actor in self._actors])
 
     def _spawn(self) -> Any:
-        trainer, data, device, threads = self._arguments
-        actor = self._actor.remote(trainer, self._ray.get(data), device, threads)
+        trainer, data, *settings = self._arguments
+        actor = self._actor.remote(trainer, self._ray.get(data), *settings)
         actor.freeze.remote(self._frozen)
         return actor
 
