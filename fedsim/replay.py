@@ -55,7 +55,7 @@ class _Tap(Executor):
 
     def __init__(self, trainer: Trainer, threads: int):
         self._inner = Inline(trainer, threads)
-        self.mode = trainer.mode
+        self.mode, self.device = trainer.mode, trainer.x.device.type
         self.trainer = trainer
         self.trained: list[tuple[tuple[LocalProgram, Any], Chunk]] = []
 

@@ -222,7 +222,7 @@ def _chunk_bytes(scenario: Scenario, world: World) -> int:
 def _chunk_size(scenario: Scenario, world: World, stage: Phase) -> int:
     if scenario.engine.chunk != "auto":
         return scenario.engine.chunk
-    return default_chunk(math.ceil(expected_cohort(scenario, world.data.clients, world.labels, stage)), world.mode)
+    return default_chunk(math.ceil(expected_cohort(scenario, world.data.clients, world.labels, stage)), world.mode, world.device)
 
 
 _UNKNOWN_RATES = (

@@ -328,8 +328,10 @@ def test_bytes_and_examples_are_what_travelled_and_trained():
 
 
 def test_the_rule_of_chunks():
-    assert [default_chunk(n, "loop") for n in (1, 4, 5, 10, 40, 1000)] == [1, 1, 2, 3, 10, 10]
-    assert [default_chunk(n, "vmap") for n in (1, 4, 5, 10, 40, 1000)] == [1, 2, 3, 5, 20, 25]
+    for device in ("cpu", "cuda"):
+        assert [default_chunk(n, "loop", device) for n in (1, 4, 5, 10, 40, 1000)] == [1, 1, 2, 3, 10, 10]
+    assert [default_chunk(n, "vmap", "cuda") for n in (1, 4, 50, 1000)] == [1, 4, 50, 64]
+    assert [default_chunk(n, "vmap", "cpu") for n in (1, 4, 5, 10, 40, 1000)] == [1, 2, 3, 5, 20, 25]
 
 
 def test_the_rule_of_modes():

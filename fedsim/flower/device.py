@@ -145,7 +145,7 @@ class Device:
         assert asked.program is not None
         lists = self.world.data.calibration if asked.program.reads == "calibration" else self.world.data.train
         ids, engine = order(asked.program, lists.sizes, asked.ids), self.scenario.engine
-        size = default_chunk(len(ids), self.world.mode) if engine.chunk == "auto" else engine.chunk
+        size = default_chunk(len(ids), self.world.mode, self.world.device) if engine.chunk == "auto" else engine.chunk
         return np.array_split(ids, -(-len(ids) // size))
 
     def _train(self, trainer: Trainer, order: Order, ids: np.ndarray, blank: Any, store: Store) -> tuple[np.ndarray, ChunkReply]:

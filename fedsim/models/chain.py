@@ -9,6 +9,7 @@ C = clients, B = batch. Tensors carry the C axis here, unlike anywhere in a modu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,11 +50,11 @@ class Link(ABC):
     """Whether it has parameters."""
 
     @abstractmethod
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
-        """The output, from the input."""
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
+        """The output, from the input, and what `backward` will want again."""
 
     @abstractmethod
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
         """The loss's derivative in the input `x`, from that in the output `y`; moves this layer's parameters. `first`: nobody needs it."""
 
 
@@ -65,11 +66,11 @@ class Dense(Link):
     weight: str
     bias: str | None
 
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
         transposed = w[self.weight].transpose(1, 2)
-        return torch.bmm(x, transposed) if self.bias is None else torch.baddbmm(w[self.bias][:, None], x, transposed)
+        return (torch.bmm(x, transposed) if self.bias is None else torch.baddbmm(w[self.bias][:, None], x, transposed)), None
 
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
         below = d if first else torch.bmm(d, w[self.weight])  # before the weight moves
         move(self.weight, d.transpose(1, 2), x)  # [C, out, B] @ [C, B, in]
         if self.bias is not None:
@@ -90,15 +91,15 @@ class Convolution(Link):
     kernel: tuple[int, int]
     padding: tuple[int, int]
 
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
         patches, kernels = self._patches(x), matrix(w[self.weight]).transpose(1, 2)
         y = torch.bmm(patches, kernels) if self.bias is None else torch.baddbmm(w[self.bias][:, None], patches, kernels)
-        return y.view(*x.shape[:2], *self._size(x), -1).permute(0, 1, 4, 2, 3)
+        return y.view(*x.shape[:2], *self._size(x), -1).permute(0, 1, 4, 2, 3), patches
 
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
         flat = d.permute(0, 1, 3, 4, 2).reshape(len(d), -1, d.shape[2])  # [C, B h w, out]
         below = d if first else self._folded(torch.bmm(flat, matrix(w[self.weight])), x)
-        move(self.weight, flat.transpose(1, 2), self._patches(x))
+        move(self.weight, flat.transpose(1, 2), kept)
         if self.bias is not None:
             move(self.bias, flat.sum(1), None)
         return below
@@ -117,7 +118,8 @@ class Convolution(Link):
         """`[C, B, ch, H, W] -> [C, B h w, kh kw ch]`."""
         (top, left), last = self.padding, x.permute(0, 1, 3, 4, 2)
         padded = functional.pad(last, (0, 0, left, left, top, top)) if top or left else last
-        return torch.cat([padded[:, :, rows, columns] for rows, columns in self._windows(x)], -1).flatten(1, 3)
+        windows = padded.unfold(2, self.kernel[0], 1).unfold(3, self.kernel[1], 1)  # [C, B, h, w, ch, kh, kw]
+        return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(len(x), -1, math.prod(self.kernel) * x.shape[2])
 
     def _folded(self, patches: Tensor, x: Tensor) -> Tensor:
         """Each patch added to where it came from: `[C, B h w, kh kw ch] -> [C, B, ch, H, W]`."""
@@ -135,13 +137,18 @@ class Pool(Link):
 
     size: int
 
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
-        return functional.max_pool2d(x.flatten(0, 1), self.size).unflatten(0, x.shape[:2])
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
+        y, place = functional.max_pool2d(x.flatten(0, 1), self.size, return_indices=True)
+        return y.unflatten(0, x.shape[:2]), place.unflatten(0, x.shape[:2])
 
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
-        _, place = functional.max_pool2d(x.flatten(0, 1), self.size, return_indices=True)
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
+        side, (height, width) = self.size, x.shape[3:]
+        rows, columns = y.shape[3] * side, y.shape[4] * side
+        here = torch.arange(height * width, device=x.device).view(height, width)[:rows, :columns]
+        here = here.unflatten(1, (-1, side)).unflatten(0, (-1, side))  # [h, side, w, side]
         below = torch.zeros_like(x)
-        below.flatten(3).scatter_(3, place.flatten(2).unflatten(0, x.shape[:2]), d.flatten(3))
+        inner = below[..., :rows, :columns].unflatten(4, (-1, side)).unflatten(3, (-1, side))
+        inner.copy_(torch.where(kept[..., None, :, None] == here, d[..., None, :, None], 0))
         return below
 
 
@@ -149,10 +156,10 @@ class Pool(Link):
 class Flat(Link):
     """All dimensions of an example in one."""
 
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
-        return x.flatten(2)
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
+        return x.flatten(2), None
 
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
         return torch.empty_like(x).copy_(d.view(x.shape))  # in the order of x
 
 
@@ -163,10 +170,10 @@ class Pointwise(Link):
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor]
 
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
-        return self.function(x)
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
+        return self.function(x), None
 
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
         return self.derivative(d, y)
 
 
@@ -177,14 +184,12 @@ class Masked(Link):
     layer: Dropout
     name: str
 
-    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> Tensor:
-        return x * self._mask(x, draws)
+    def forward(self, w: Tensors, x: Tensor, draws: Draws) -> tuple[Tensor, Any]:
+        mask = (draws[self.name] >= self.layer.p).to(x.dtype) / (1 - self.layer.p)
+        return x * mask, mask
 
-    def backward(self, w: Tensors, x: Tensor, y: Tensor, d: Tensor, draws: Draws, first: bool, move: Move) -> Tensor:
-        return d * self._mask(x, draws)
-
-    def _mask(self, x: Tensor, draws: Draws) -> Tensor:
-        return (draws[self.name] >= self.layer.p).to(x.dtype) / (1 - self.layer.p)
+    def backward(self, w: Tensors, x: Tensor, y: Tensor, kept: Any, d: Tensor, first: bool, move: Move) -> Tensor:
+        return d * kept
 
 
 def _relu_backward(d: Tensor, y: Tensor) -> Tensor:

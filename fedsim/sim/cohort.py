@@ -26,6 +26,7 @@ from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.sim.descent import descend, descend_alone
 from fedsim.sim.feed import Feed
+from fedsim.sim.graphs import Graphs
 from fedsim.sim.harm import Harm, received, refused, sent
 from fedsim.sim.steps import CompiledSteps, compiled_pass, single_pass, stacked_pass
 from fedsim.strategy import LocalProgram
@@ -159,6 +160,10 @@ class Trainer:
     def _compiled(self) -> CompiledSteps:
         return {}
 
+    @cached_property
+    def _graphs(self) -> Graphs:
+        return Graphs()
+
     def freeze(self, frozen: Params | None) -> Trainer:
         """The same trainer, whose programs see `frozen` as the model of an earlier phase."""
         return replace(self, problem=replace(self.problem, frozen=frozen))
@@ -251,11 +256,22 @@ class Trainer:
         carry = torch.vmap(lambda message, memory, _: program.begin(problem, message, memory), in_dims=(each, 0, 0))(message, memory, n)
         rule = program.descent(problem)
         for name, feed in zip(program.passes, feeds, strict=True):
-            if self.compile:
+            if self._recordable(program, problem):
+                assert rule
+                assert self._chain
+                carry = self._graphs.descend(rule, carry, feed, self._chain)
+            elif self.compile:
                 carry = compiled_pass(self._compiled, carry, feed, name)
             else:
                 carry = descend(rule, carry, feed, self._chain) if rule else stacked_pass(carry, feed, name)
         return torch.vmap(lambda message, carry, n: program.finish(problem, message, carry, n), in_dims=(each, 0, 0))(message, carry, n)
+
+    def _recordable(self, program: LocalProgram, problem: Problem) -> bool:
+        """Whether a step of the program can be recorded on a GPU, and replayed in the next round, too."""
+        if not self.compile or self.x.device.type != "cuda" or not self._chain:
+            return False
+        rule = program.descent(problem)
+        return rule is not None and rule == program.descent(problem.at(int(problem.version) + 1))
 
     def _one_by_one(self, problem: Problem, program: LocalProgram, message: Any, chunk: Chunk, feeds: list[Feed]) -> ChunkReply:
         replies = _Replies(chunk)

@@ -108,7 +108,7 @@ def descend(rule: Descent, carry: Learner, feed: Feed, chain: tuple[Link, ...] |
     """All steps of a pass for a stack of clients: in closed form along a `chain`, else by gradients under `vmap`."""
     mover = Mover.of(rule, {k: unshared(v) for k, v in carry.w.items()}, dict(carry.w))
     loss, seen = carry.loss.clone(), carry.seen.clone()
-    step = _by_chain(feed.problem, chain) if chain else _by_vmap(feed.problem)
+    step = by_chain(feed.problem, chain) if chain else _by_vmap(feed.problem)
     for own in _groups(carry) if chain else [slice(0, len(loss))]:
         part, group, losses, count = feed.part(own), mover.part(own), loss[own], seen[own]
         running = group
@@ -151,20 +151,23 @@ def _by_vmap(problem: Problem) -> Step:
     return step
 
 
-def _by_chain(problem: Problem, chain: tuple[Link, ...]) -> Step:
+def by_chain(problem: Problem, chain: tuple[Link, ...]) -> Step:
+    """A step in closed form."""
     lowest = next(i for i, link in enumerate(chain) if link.learns)
 
     @torch.no_grad()
     def step(mover: Mover, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         assert batch.mask is not None
         count = batch.mask.sum(1)  # [C]
-        values = [batch.x]  # the input of each link, and the output
+        values, kept = [batch.x], []  # the input of each link, and the output
         for link in chain:
-            values.append(link.forward(mover.w, values[-1], draws))
+            y, aside = link.forward(mover.w, values[-1], draws)
+            values.append(y)
+            kept.append(aside)
         each, slope = problem.task.slope(values[-1].flatten(0, 1), batch.y.flatten(0, 1))  # [C * B], [C * B, K]
         d = slope.view(values[-1].shape) * (batch.mask / count[:, None]).to(slope.dtype)[..., None]
         for i, (x, y) in reversed(list(enumerate(pairwise(values)))[lowest:]):
-            d = chain[i].backward(mover.w, x, y, d, draws, i == lowest, mover.move_along)
+            d = chain[i].backward(mover.w, x, y, kept[i], d, i == lowest, mover.move_along)
         return (each.view(batch.mask.shape) * batch.mask).sum(1), count
 
     return step

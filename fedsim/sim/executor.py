@@ -59,6 +59,7 @@ class Executor(ABC):
     """Runs methods of a `Trainer` over lists of items and returns the results in the order of the items."""
 
     mode: Mode  # of the trainer
+    device: str  # likewise: cpu or cuda
 
     @abstractmethod
     def map(self, method: str, shared: Any, items: list[Any]) -> list[Any]:
@@ -78,7 +79,7 @@ class Inline(Executor):
 
     def __init__(self, trainer: Trainer, threads: int = 1, patience: Patience = PATIENT):
         self._trainer = trainer
-        self.mode = trainer.mode
+        self.mode, self.device = trainer.mode, trainer.x.device.type
         self._patience = patience
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)

@@ -64,17 +64,17 @@ class Worker:
     def __init__(self, trainer: Trainer, data: list[Packed], device: str, threads: int, precision: Precision):
         settle(device, precision)
         torch.set_num_threads(threads)
-        self._device = device
+        self.device = device
         self._trainer = _with_data(trainer, [_resident(part, device) for part in data])
 
     def ready(self) -> bool:
         return True
 
     def freeze(self, frozen: Packed) -> None:
-        self._trainer = self._trainer.freeze(frozen.tree(self._device))
+        self._trainer = self._trainer.freeze(frozen.tree(self.device))
 
     def run(self, method: str, shared: Packed, item: Packed) -> Packed:
-        return Packed.of(getattr(self._trainer, method)(shared.tree(self._device), item.tree(self._device)))
+        return Packed.of(getattr(self._trainer, method)(shared.tree(self.device), item.tree(self.device)))
 
 
 def _resident(packed: Packed, device: str) -> Tensor:
@@ -148,7 +148,7 @@ class RayPool(Executor):
         self._cluster = cluster or Cluster()
         self._alone = cluster is None
         ray = self._ray = self._cluster.start(workers * threads, sum(part.nbytes for part in data), address)
-        self._device = device = str(trainer.x.device.type)
+        self.device = device = str(trainer.x.device.type)
         share = torch.cuda.device_count() / workers if device == "cuda" and not address else 0
         self._actor = ray.remote(num_cpus=threads, num_gpus=share)(Worker)
         self._arguments = (ray.put(_with_data(trainer, [])), [ray.put(Packed.of(part)) for part in data], device, threads, precision)
@@ -182,7 +182,7 @@ class RayPool(Executor):
                 task = running.pop(reference)
                 free.append(task.actor)
                 if problem is None:
-                    results[task.item] = ray.get(reference).tree(self._device)
+                    results[task.item] = ray.get(reference).tree(self.device)
                     continue
                 self._replace(task.actor)
                 if task.failures < self._patience.retries:

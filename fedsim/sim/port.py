@@ -175,7 +175,7 @@ class SimPort(RunPort):
     def _train(self, team: Team, version: int, weigh: Weigh | None) -> list[tuple[Team, ChunkReply | Failure]]:
         """Cut a team into chunks and run them; with weights of model `version`, if any."""
         team = team.find(order(team.program, self._sizes, team.ids)).narrow()
-        size = self._chunk or default_chunk(len(team), self._executor.mode)
+        size = self._chunk or default_chunk(len(team), self._executor.mode, self._executor.device)
         cuts = np.array_split(np.arange(len(team)), -(-len(team) // size))  # as equal as can be: no worker waits for a long last chunk
         parts = [team.take(cut) for cut in cuts]
         chunks = [self._chunk_of(part, weigh(self._arrivals(part, version)) if weigh else None) for part in parts]
@@ -294,13 +294,14 @@ class SimPort(RunPort):
         self._handed_out = clock["handed_out"]
 
 
-def default_chunk(cohort: int, mode: Mode) -> int:
+def default_chunk(cohort: int, mode: Mode, device: str) -> int:
     """Clients in a chunk where the scenario leaves it open.
 
     Stacked, half of the cohort, at most 25: a small model's step costs the same few milliseconds for one client and for many. One by one,
-    a quarter of the cohort, at most 10: there a chunk only has to be large enough for the way to a worker and back.
+    a quarter of the cohort, at most 10: there a chunk only has to be large enough for the way to a worker and back. A GPU wants to be full:
+    stacked, all of the cohort, at most 64.
     """
-    parts, most = (2, 25) if mode == "vmap" else (4, 10)
+    parts, most = (4, 10) if mode == "loop" else (2, 25) if device == "cpu" else (1, 64)
     return max(1, min(most, -(-cohort // parts)))
 
 
