@@ -11,6 +11,7 @@ from fedsim.bundle import find_scenario
 from fedsim.document import InvalidScenario
 from fedsim.errors import FedsimError, ScenarioError
 from fedsim.folder import Folder, write_file
+from fedsim.manifest import as_began
 from fedsim.problem import Classification
 from fedsim.replay import update_of
 from fedsim.report import audit_page
@@ -33,7 +34,7 @@ def inspect(
         raise FedsimError("--set changes what ran: audit the scenario file instead of the run folder, or leave it out")
     scenario, document = load(folder.path / "scenario.yaml" if folder else find_scenario(target), assignments)
     try:
-        world = build(scenario)
+        world = build(as_began(scenario, folder.manifest()) if folder else scenario)
         if len(world.data.input_shape) != 3 or not isinstance(world.data.task, Classification):
             raise ScenarioError("data.source", "the audit reconstructs labelled pictures, and these are none; take, e.g., fashion-mnist")
         update = update_of(scenario, world, folder, round, client)

@@ -17,7 +17,7 @@ from fedsim.grid import Plan
 from fedsim.manifest import RUNTIMES, as_began, differences, manifest
 from fedsim.scenario import Scenario
 from fedsim.trackers import tracked
-from fedsim.world import World, build
+from fedsim.world import World, build, keep_loaded
 
 INTERRUPTED = 130
 """The exit code of what was interrupted and can go on."""
@@ -63,6 +63,7 @@ def train(scenario: Scenario, world: World, folder: Folder, quiet: bool = False,
 
     rounds = sum(stage.rounds for stage in scenario.stages())
     display = display_of(rounds, quiet, verbose)
+    keep_loaded()
     row: Row = {}
     try:
         with interruptible("round") as interrupted, closing(experiment.train(scenario, world, folder)) as trained:

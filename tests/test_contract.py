@@ -191,12 +191,12 @@ def scenario(chosen: Strategy, seed: int = 0, bias: bool = False) -> Scenario:
     )
 
 
-def port_of(chosen: Strategy, world: World, mode: str = "vmap", seed: int = 0, pace: Pace = PACES["sync"]) -> SimPort:
+def port_of(chosen: Strategy, world: World, mode: str = "vmap", seed: int = 0, pace: Pace = PACES["sync"], chunk: int = 3) -> SimPort:
     trainer = Trainer(world.problem, world.data.x, world.data.y, world.data.train, mode, calibration=world.data.train)
     blank = chosen.memory(world.problem, world.w)
     participation = lookup(Participation, "uniform")(clients=8)
     fleet = Fleet(participation) if pace.paced == "sync" else Fleet(latency=DEVICES)
-    return SimPort(Inline(trainer), fleet, None, world.data.sizes, blank, 3, rng.fold(seed, rng.FLEET))
+    return SimPort(Inline(trainer), fleet, None, world.data.sizes, blank, chunk, rng.fold(seed, rng.FLEET))
 
 
 def rounds(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode="vmap", seed=0, port=None, start=None) -> Round:
@@ -204,9 +204,9 @@ def rounds(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode=
     return next(itertools.islice(run(chosen, world.problem, world.w, port, pace, rng.fold(seed, 1000), start), count - 1, None))
 
 
-def models(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode="vmap", seed=0) -> list:
+def models(chosen: Strategy, world: World, count: int, pace=PACES["sync"], mode="vmap", seed=0, chunk=3) -> list:
     """What clients run after some rounds: the server's model, or each one's own."""
-    port = port_of(chosen, world, mode, seed, pace)
+    port = port_of(chosen, world, mode, seed, pace, chunk)
     state = rounds(chosen, world, count, pace, port=port, seed=seed).state
     if not chosen.personal:
         return [state.w]
@@ -228,7 +228,7 @@ def test_reaches_the_known_optimum(case, pace, world):
     if isinstance(case.strategy, ConformalStrategy):
         return reaches_the_quantile(case, rounds(case.strategy, world, case.rounds, pace).state, world)
     assert (weight_of(world.w) - world.data.optimum).norm() > 1
-    for i, w in enumerate(models(case.strategy, world, case.rounds, pace)):
+    for i, w in enumerate(models(case.strategy, world, case.rounds, pace, chunk=world.data.clients)):  # one chunk: many rounds, soon
         if not case.strategy.personal or world.data.sizes[i] >= ENOUGH:
             assert (weight_of(w) - world.data.optimum).norm().item() < case.within
 

@@ -23,6 +23,7 @@ from flwr.clientapp import ClientApp
 from fedsim.flower.device import Device, Store
 from fedsim.flower.orders import CALIBRATE, DESCRIBE, EVALUATE, TRAIN, Order
 from fedsim.scenario import load
+from fedsim.world import keep_loaded
 
 _DEVICES: dict[tuple[str, tuple[tuple[str, Any], ...]], Device] = {}
 """Built once in a process: a node that keeps one at work does not load its data anew for each message."""
@@ -34,6 +35,7 @@ def device_of(scenario: Path, node: dict[str, Any]) -> Device:
     if which not in _DEVICES:
         _DEVICES.clear()
         _DEVICES[which] = Device.of(load(scenario)[0], node)
+        keep_loaded()
     return _DEVICES[which]
 
 

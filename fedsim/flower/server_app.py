@@ -46,7 +46,7 @@ from fedsim.scenario import Phase, Scenario, load
 from fedsim.sim.evaluate import Score, spread
 from fedsim.sim.executor import Executor
 from fedsim.trackers import tracked
-from fedsim.world import World
+from fedsim.world import World, keep_loaded
 
 RUNTIME = "flower"
 """What the manifest calls a deployment."""
@@ -131,6 +131,7 @@ def _train(scenario: Scenario, world: World, folder: Folder, nodes: Nodes, setti
     """All rounds, with a line for each that was evaluated."""
     if scenario.fleet != Fleet(participation=scenario.fleet.participation):
         print("latency, faults and channel are not simulated in a deployment: they are the world's own", flush=True)
+    keep_loaded()
     nodes.gather(settings.nodes, settings.wait)
     world = over(world, nodes)
     display = Silent() if settings.quiet else Lines(terminal(), sum(stage.rounds for stage in scenario.stages()))
