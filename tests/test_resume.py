@@ -12,7 +12,8 @@ import pytest
 
 from fedsim.errors import FedsimError
 from fedsim.folder import Folder
-from fedsim.scenario import load_plugins
+from fedsim.manifest import as_began
+from fedsim.scenario import load, load_plugins
 from fedsim.sim.jobs import Kept
 
 SCENARIO = """\
@@ -194,6 +195,22 @@ def test_changed_data_are_refused_and_other_versions_are_warned_of(straight, tmp
     refused = subprocess.run(command("run", "--resume", folder), capture_output=True, text=True)
     assert refused.returncode == 1
     assert "the data or their partition have changed" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "began", "gpu", "device"),
+    [
+        ("auto", "cpu", True, "cpu"),
+        ("auto", "cuda", True, "cuda"),
+        ("auto", "cuda", False, "auto"),  # another machine; differences are warned of
+        ("cuda", "cpu", True, "cuda"),
+    ],
+)
+def test_a_run_goes_on_on_the_device_where_it_began(asked, began, gpu, device, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    (tmp_path / "resume.yaml").write_text(SCENARIO)
+    scenario, _ = load(tmp_path / "resume.yaml", (f"engine.device={asked}",))
+    assert as_began(scenario, {"engine": {"device": began}}).engine.device == device
 
 
 def test_a_name_that_looks_like_a_number_survives_a_resume(straight, tmp_path):

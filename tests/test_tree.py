@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim import tree as trees
 from fedsim.errors import FedsimError
 from fedsim.params import Params
-from fedsim.tree import add, concat, dump, finite, flatten, load, nbytes, record, rows, stack, tree_leaves, tree_map, unflatten
+from fedsim.tree import add, concat, device_of, dump, finite, flatten, load, nbytes, record, rows, stack, tree_leaves, tree_map, unflatten
 
 
 @record
@@ -257,3 +257,16 @@ def test_a_row_may_be_a_single_number():
 def test_nbytes_counts_what_tensors_weigh():
     assert nbytes(Pair(torch.zeros(3, dtype=torch.bfloat16), [torch.zeros(2, 2, dtype=torch.float64), None, "text", 5])) == 3 * 2 + 4 * 8
     assert nbytes({}) == 0
+
+
+def test_only_what_was_not_in_ram_goes_to_a_device():
+    arrays, outline = dump({"a": torch.ones(2), "b": torch.zeros(3)})
+    outline["dict"][1][1]["accelerated"] = True  # as `dump` says of a tensor on a GPU
+    here, there = (load(arrays, outline, device=device) for device in ("cpu", "meta"))
+    same(here, {"a": torch.ones(2), "b": torch.zeros(3)})
+    assert (there["a"].device.type, there["b"].device.type) == ("cpu", "meta")
+    vectors, empty = flatten({"a": torch.ones(2), "b": torch.zeros(3)})
+    empty["b"] = dataclasses.replace(empty["b"], accelerated=True)
+    there = unflatten(vectors, empty, "meta")
+    assert (there["a"].device.type, there["b"].device.type) == ("cpu", "meta")
+    assert (device_of(there).type, device_of(here).type) == ("meta", "cpu")
