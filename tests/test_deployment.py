@@ -3,13 +3,9 @@
 The nodes are started once and serve all strategies. `pytest -m deployment` runs these alone, `-m "not deployment"` everything else.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
 
 from fedsim.flower import local
@@ -172,71 +168,3 @@ def test_a_node_that_comes_late_takes_part_from_then_on(federation, tmp_path):
     assert found[0]["participants"] == 5
     assert found[-1]["participants"] == 7
     assert not any(row["lost"] or row["rejected"] for row in found)
-
-
-def test_a_superlink_that_starts_again_with_its_database_knows_its_nodes_and_the_run_goes_on(tmp_path):
-    path = written(tmp_path, rounds=6)
-    folder, straight = Folder(tmp_path / "deployed"), simulate(tmp_path, path)
-    with Federation(3, work=tmp_path / "federation", database=True, patience=4.0) as federation:
-        log = lambda: federation.log("run")[-2000:] + federation.log("superlink")[-2000:]  # noqa: E731
-        app = app_of(tmp_path, path)
-        federation.run(app, output=folder.path, nodes=3, quiet=True)
-        until(lambda: len(folder.rows()) > 2 if (folder.path / "metrics.jsonl").exists() else False, log)
-        federation.stop("superlink", signal.SIGKILL)
-        federation.stop("run")
-        done = rows(folder)[-1]["round"]
-        assert done < 6
-        federation.start_superlink()  # nodes are not registered again: they find their way back
-        run = federation.run(app, output=folder.path, nodes=3, quiet=True, resume=True)
-        until(lambda: folder.finished or run.poll() is not None, log)
-        assert folder.finished, log()
-    same_run(folder, straight)
-
-
-def test_one_command_deploys_shows_the_result_and_leaves_no_process_behind(tmp_path):
-    before = {process.pid for process in psutil.process_iter()}
-    command = [sys.executable, "-m", "fedsim.cli", "deploy", "quickstart", "--local", "3", "--set", "rounds=2"]
-    done = subprocess.run([*command, "--output", tmp_path / "run"], capture_output=True, text=True, timeout=SLOW)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Final test.accuracy" in done.stdout
-    assert rows(Folder(tmp_path / "run"))[-1]["round"] == 2
-    assert not left_behind(before)
-
-
-def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path):
-    before = {process.pid for process in psutil.process_iter()}
-    command = [sys.executable, "-m", "fedsim.cli", "deploy", "quickstart", "--local", "2", "--set", "rounds=500"]
-    process = subprocess.Popen([*command, "--output", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = Folder(tmp_path / "run")
-    try:
-        until(lambda: len(folder.rows()) > 1, lambda: process.poll())
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=SLOW)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "fedsim deploy --resume" in said
-    assert folder.latest() is not None  # a checkpoint
-    assert not left_behind(before)
-
-
-def left_behind(before):
-    """Processes of Flower or of ours that were not there before, and are there still."""
-
-    def ours():
-        found = []
-        for process in psutil.process_iter():
-            if process.pid in before or process.pid == os.getpid():
-                continue
-            try:
-                line = " ".join(process.cmdline())
-            except psutil.Error:
-                continue
-            if any(word in line for word in ("flower-", "flwr-", "fedsim.flower")):
-                found.append(line)
-        return found
-
-    end = time.monotonic() + 5
-    while ours() and time.monotonic() < end:
-        time.sleep(0.1)
-    return ours()
