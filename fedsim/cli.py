@@ -74,7 +74,7 @@ def _print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values))
 
 
-RUNTIMES = ("simulation", "flower-simulation")
+SIMULATIONS = ("simulation", "flower-simulation")
 
 
 @app.command()
@@ -96,8 +96,8 @@ def run(
             _fail("give either a SCENARIO to run, or --resume FOLDER", 2)
         if resume is not None and (set_ or output):
             _fail("--resume goes on with the scenario in the folder; --set and --output do not go with it", 2)
-        if runtime not in RUNTIMES:
-            _fail(f"there is no runtime '{runtime}'{did_you_mean(runtime, RUNTIMES)}; there are: {', '.join(RUNTIMES)}", 2)
+        if runtime not in SIMULATIONS:
+            _fail(f"there is no runtime '{runtime}'{did_you_mean(runtime, SIMULATIONS)}; there are: {', '.join(SIMULATIONS)}", 2)
         if resume is not None and runtime != "simulation":
             _fail("Flower's simulation forgets what devices remember, so --resume does not go with it; run the scenario again", 2)
         from fedsim.bundle import find_scenario

@@ -21,7 +21,8 @@ from fedsim.folder import Folder
 from fedsim.params import Params
 from fedsim.problem import Problem
 from fedsim.scenario import Evaluate, Scenario
-from fedsim.sim.cohort import Chunk, ChunkReply, Trainer
+from fedsim.sim.chunk import Chunk, ChunkReply
+from fedsim.sim.cohort import Trainer
 from fedsim.sim.executor import Executor, Inline
 from fedsim.strategy import LocalProgram
 from fedsim.tree import rows

@@ -24,10 +24,11 @@ from fedsim.pace import Buffered, Sync
 from fedsim.params import Params
 from fedsim.problem import Classification, Inputs, Network, Problem
 from fedsim.scenario import Phase, Scenario
-from fedsim.sim.cohort import Chunk, Mode, Trainer, choose_mode, order
-from fedsim.sim.executor import settle
+from fedsim.sim.chunk import Chunk
+from fedsim.sim.cohort import Mode, Trainer, choose_mode, order
 from fedsim.sim.footprint import Flops, footprint
 from fedsim.sim.port import default_chunk
+from fedsim.sim.process import settle
 from fedsim.tree import stack
 from fedsim.types import Batch
 

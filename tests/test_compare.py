@@ -1,16 +1,14 @@
 """Studies: what is refused, what is paired, what is kept, what goes on after a crash, and what is called a difference."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import Command, finished, wait_until
 from typer.testing import CliRunner, Result
 
 from fedsim.bundle import bundled_studies
@@ -248,29 +246,21 @@ def test_the_command_tells_of_failures_by_its_exit_code(tmp_path: Path, monkeypa
     assert told["folder"] == "runs/studies/small"
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "fedsim.cli", *map(str, arguments)]
-
-
 def test_killed_twice_then_the_same_bytes_in_tables(tmp_path: Path) -> None:
     arguments = ("studies/quick", "--seeds", "2", "--set", "rounds=20", "--set", "output.checkpoint=3")
-    subprocess.run(command("compare", *arguments, "--output", tmp_path / "straight"), check=True, capture_output=True)
+    finished("compare", *arguments, "--output", tmp_path / "straight")
     folder, cells = tmp_path / "killed", len(read_study(tmp_path / "straight").cells)
-    for finished in (2, 5):
-        process = subprocess.Popen(command("compare", *arguments, "--output", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 100
-        while len(list(folder.rglob("model.safetensors"))) < finished and time.monotonic() < deadline:
-            time.sleep(0.005)
-        logs = set(folder.rglob("metrics.jsonl"))
-        while not (new := set(folder.rglob("metrics.jsonl")) - logs) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        while not any(log.read_bytes().count(b"\n") > 5 for log in new) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+    for count in (2, 5):
+        with Command("compare", *arguments, "--output", folder) as process:
+            wait_until(lambda count=count: len(list(folder.rglob("model.safetensors"))) >= count, process)
+            logs = set(folder.rglob("metrics.jsonl"))
+            wait_until(
+                lambda logs=logs: any(log.read_bytes().count(b"\n") > 5 for log in set(folder.rglob("metrics.jsonl")) - logs), process
+            )
+        assert process.code == -signal.SIGKILL
         assert len(list(folder.rglob("model.safetensors"))) < cells
-    done = subprocess.run(command("compare", *arguments, "--output", folder), check=True, capture_output=True, text=True)
-    assert "finished before" in done.stdout
+    done = finished("compare", *arguments, "--output", folder)
+    assert "finished before" in done.output
     for name in ("table.csv", "cells.csv", "table.md", "table.tex"):
         assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     for log in folder.rglob("metrics.jsonl"):
@@ -280,15 +270,12 @@ def test_killed_twice_then_the_same_bytes_in_tables(tmp_path: Path) -> None:
 def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "it.yaml").write_text(PLAIN)
     arguments = ("compare", tmp_path / "it.yaml", "--set", "rounds=400", "--output", tmp_path / "study")
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "study" / "fedavg" / "seed-1" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_bytes().count(b"\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "The same command goes on." in errors
+    with Command(*arguments) as process:
+        wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 3, process)
+        process.signal(signal.SIGINT)
+        assert process.wait() == 130, process.errors
+    assert "The same command goes on." in process.errors
     reached = read_run(log.parent).rows[-1]["round"]
     assert (log.parent / "checkpoints" / f"round-{reached:08d}.json").exists()
 

@@ -16,7 +16,8 @@ from fedsim.models import chain_of
 from fedsim.models.dropout import Dropout
 from fedsim.params import Params
 from fedsim.problem import Classification, MultiLabel, Network, Problem, Regression, Task
-from fedsim.sim.cohort import Chunk, Trainer
+from fedsim.sim.chunk import Chunk
+from fedsim.sim.cohort import Trainer
 from fedsim.sim.footprint import Flops, footprint
 from fedsim.tree import tree_leaves
 from fedsim.types import Draw

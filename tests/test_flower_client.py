@@ -20,7 +20,7 @@ from fedsim.flower.wire import Malformed
 from fedsim.local import StepDecay
 from fedsim.problem import Classification
 from fedsim.scenario import load
-from fedsim.sim.cohort import Chunk
+from fedsim.sim.chunk import Chunk
 from fedsim.sim.cohort import order as by_steps
 from fedsim.strategy import LocalProgram
 from fedsim.tree import rows, stack, tree_leaves

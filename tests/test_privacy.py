@@ -27,7 +27,8 @@ from fedsim.privacy import Spent, clipped, clipped_sum, default_delta, epsilon, 
 from fedsim.private import NOISE, DpAdam, DpSgd, example_gradients
 from fedsim.problem import Classification, Network, NextToken, Problem
 from fedsim.scenario import load
-from fedsim.sim.cohort import Chunk, Trainer
+from fedsim.sim.chunk import Chunk
+from fedsim.sim.cohort import Trainer
 from fedsim.types import Batch, Draw
 from fedsim.world import build
 from strategies.fedavg import FedAvg

@@ -3,12 +3,10 @@
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from command import Command, finished, wait_until
 
 from fedsim.errors import FedsimError
 from fedsim.folder import Folder
@@ -40,27 +38,14 @@ ROUNDS = 50
 load_plugins()  # a checkpoint holds the records of strategies
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "fedsim.cli", *map(str, arguments)]
-
-
 def outcome(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "metrics.jsonl").read_bytes(), (folder / "model.safetensors").read_bytes()
 
 
-def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_rows(folder: Path, count: int, command: Command) -> None:
     """Until a run has logged `count` rows."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        log = folder / "metrics.jsonl"
-        if log.exists() and log.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"the run never logged {count} rows: {process.stderr.read() if process.stderr else ''}")
-
-
-def start(*arguments: str | Path) -> subprocess.Popen:
-    return subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = folder / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= count, command)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +53,7 @@ def straight(tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     here = tmp_path_factory.mktemp("straight")
     (here / "scenario.yaml").write_text(SCENARIO)
-    subprocess.run(command("run", here / "scenario.yaml", "--output", here / "run", "--quiet"), check=True, capture_output=True)
+    finished("run", here / "scenario.yaml", "--output", here / "run", "--quiet")
     return here
 
 
@@ -76,17 +61,15 @@ def test_killed_again_and_again_then_the_same_bits(straight, tmp_path):
     folder = tmp_path / "run"
     kills = sorted(random.Random(1).sample(range(2, ROUNDS), 3))
     for attempt, rows in enumerate(kills):
-        process = start("run", straight / "scenario.yaml", "--output", folder) if attempt == 0 else start("run", "--resume", folder)
-        wait_for_rows(folder, rows + 1, process)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        with Command("run", *(("--resume", folder) if attempt else (straight / "scenario.yaml", "--output", folder))) as process:
+            wait_for_rows(folder, rows + 1, process)
+        assert process.code == -signal.SIGKILL
         assert not (folder / "model.safetensors").exists()
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"round": 49, "torn')  # a line that a crash cut off
-    done = subprocess.run(command("run", "--resume", folder), check=True, capture_output=True, text=True)
+    done = finished("run", "--resume", folder)
     assert outcome(folder) == outcome(straight / "run")
-    assert "Final test.accuracy" in done.stdout
+    assert "Final test.accuracy" in done.output
 
 
 ASYNCHRONOUS = """\
@@ -113,17 +96,15 @@ engine: {workers: 0}
 def test_an_asynchronous_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
     scenario = tmp_path / "scenario.yaml"
     scenario.write_text(ASYNCHRONOUS)
-    subprocess.run(command("run", scenario, "--output", tmp_path / "straight", "--quiet"), check=True, capture_output=True)
+    finished("run", scenario, "--output", tmp_path / "straight", "--quiet")
     folder = tmp_path / "run"
-    process = start("run", scenario, "--output", folder)
-    wait_for_rows(folder, 23, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    with Command("run", scenario, "--output", folder) as process:
+        wait_for_rows(folder, 23, process)
+    assert process.code == -signal.SIGKILL
     in_flight = Folder(folder).latest()[1]["port"]["clock"]
     assert len(in_flight["ahead"]["due"]) >= 5
     assert any(isinstance(group["kept"], Kept) for _, group in in_flight["groups"])  # trained, and not due yet
-    subprocess.run(command("run", "--resume", folder, "--quiet"), check=True, capture_output=True)
+    finished("run", "--resume", folder, "--quiet")
     assert outcome(folder) == outcome(tmp_path / "straight")
     last = Folder(folder).rows()[-1]
     assert last["time"] > 0
@@ -132,36 +113,31 @@ def test_an_asynchronous_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
 
 def test_ctrl_c_finishes_the_round_checkpoints_and_says_how_to_go_on(straight, tmp_path):
     folder = tmp_path / "run"
-    process = start("run", straight / "scenario.yaml", "--output", folder)
-    wait_for_rows(folder, 3, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    with Command("run", straight / "scenario.yaml", "--output", folder) as process:
+        wait_for_rows(folder, 3, process)
+        process.signal(signal.SIGINT)
+        assert process.wait() == 130, process.errors
+    errors = process.errors
     last = Folder(folder).rows()[-1]["round"]
     assert f"Interrupted after round {last} of {ROUNDS}" in errors
     assert f"fedsim run --resume {folder}" in errors
     assert Folder(folder).latest()[0] == last
     assert not [p for p in folder.rglob("*") if ".lock" in p.name or p.name.startswith(".")]
-    subprocess.run(command("run", "--resume", folder, "--quiet"), check=True, capture_output=True)
+    finished("run", "--resume", folder, "--quiet")
     assert outcome(folder) == outcome(straight / "run")
 
 
 def test_two_processes_never_write_to_one_folder(tmp_path):
     folder = tmp_path / "run"
-    with start("run", "quickstart", "--set", "rounds=1000000", "--output", folder) as first:
-        try:
-            wait_for_rows(folder, 1, first)
-            second = subprocess.run(command("run", "--resume", folder), capture_output=True, text=True)
-        finally:
-            first.kill()
-    assert second.returncode == 1
-    assert "another process is running in this folder" in second.stderr
+    with Command("run", "quickstart", "--set", "rounds=1000000", "--set", "engine.workers=0", "--output", folder) as first:
+        wait_for_rows(folder, 1, first)
+        second = finished("run", "--resume", folder, code=1)
+    assert "another process is running in this folder" in second.errors
 
 
 def test_a_finished_run_is_shown_not_run_again(straight):
     before = outcome(straight / "run")
-    again = subprocess.run(command("run", "--resume", straight / "run"), capture_output=True, text=True, check=True)
-    assert "This run is finished" in again.stdout
+    assert "This run is finished" in finished("run", "--resume", straight / "run").output
     assert outcome(straight / "run") == before
 
 
@@ -181,20 +157,15 @@ def test_checkpoints_are_pruned_and_a_broken_one_is_named(straight, tmp_path):
 
 def test_changed_data_are_refused_and_other_versions_are_warned_of(straight, tmp_path):
     folder = tmp_path / "run"
-    process = start("run", straight / "scenario.yaml", "--output", folder)
-    wait_for_rows(folder, 2, process)
-    process.kill()
-    process.communicate()
+    with Command("run", straight / "scenario.yaml", "--output", folder) as process:
+        wait_for_rows(folder, 2, process)
     manifest = folder / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"numpy": "', '"numpy": "0.'))
-    warned = subprocess.run(command("run", "--resume", folder, "--quiet"), capture_output=True, text=True, check=True)
-    assert "warning: numpy 0." in warned.stderr
+    assert "warning: numpy 0." in finished("run", "--resume", folder, "--quiet").errors
     os.unlink(folder / "model.safetensors")
     manifest.write_text(text.replace('"partition": "', '"partition": "0'))
-    refused = subprocess.run(command("run", "--resume", folder), capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "the data or their partition have changed" in refused.stderr
+    assert "the data or their partition have changed" in finished("run", "--resume", folder, code=1).errors
 
 
 @pytest.mark.parametrize(
@@ -215,8 +186,5 @@ def test_a_run_goes_on_on_the_device_where_it_began(asked, began, gpu, device, t
 
 def test_a_name_that_looks_like_a_number_survives_a_resume(straight, tmp_path):
     folder = tmp_path / "run"
-    done = subprocess.run(
-        command("run", straight / "scenario.yaml", "--set", "name='1e3'", "--output", folder, "--quiet"), capture_output=True, check=True
-    )
-    assert done.returncode == 0
-    assert "This run is finished" in subprocess.run(command("run", "--resume", folder), capture_output=True, text=True, check=True).stdout
+    finished("run", straight / "scenario.yaml", "--set", "name='1e3'", "--output", folder, "--quiet")
+    assert "This run is finished" in finished("run", "--resume", folder).output

@@ -26,7 +26,8 @@ from fedsim.pace import Sync
 from fedsim.params import Params
 from fedsim.registry import restore
 from fedsim.scenario import Evaluate, Phase, Scenario
-from fedsim.sim.cohort import Chunk, ChunkReply, Trainer, order
+from fedsim.sim.chunk import Chunk, ChunkReply
+from fedsim.sim.cohort import Trainer, order
 from fedsim.sim.port import default_chunk
 from fedsim.tree import concat, rows, stack, tree_map
 from fedsim.world import World, build

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +11,6 @@ import torch
 from fedsim.errors import ClientError
 from fedsim.params import Params
 from fedsim.sim.cohort import Mode, Trainer
-from fedsim.types import Precision
-
-
-def settle(device: str, precision: Precision) -> None:
-    """Let a GPU give the same bits again, and products of float32 be as exact as asked: in the whole process. A CPU needs nothing."""
-    if device != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
-    torch.set_float32_matmul_precision(precision)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch 2.9 has another name for it, which 2.6 does not know
-        torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 @dataclass(frozen=True)

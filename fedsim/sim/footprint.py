@@ -10,7 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fedsim.sim.cohort import Chunk, Trainer
+from fedsim.sim.chunk import Chunk
+from fedsim.sim.cohort import Trainer
 from fedsim.strategy import LocalProgram
 
 

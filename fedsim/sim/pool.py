@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,6 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from fedsim.errors import ClientError, FedsimError
 from fedsim.params import Params
 from fedsim.sim.cohort import Trainer
-from fedsim.sim.executor import PATIENT, Executor, Failure, Patience, settle
+from fedsim.sim.executor import PATIENT, Executor, Failure, Patience
+from fedsim.sim.handout import Handout, Task
+from fedsim.sim.process import settle
 from fedsim.tree import flatten, unflatten
 from fedsim.types import Batch, Precision
 
@@ -84,14 +86,9 @@ def _resident(packed: Packed, device: str) -> Tensor:
     return _to_torch(vector, dtype).view(packed.empty.shape).to(device)
 
 
-@dataclass
-class _Running:
-    """An item at work: which, on which actor, since when, and how often it has failed."""
-
-    item: int
-    actor: int
-    since: float
-    failures: int
+BRIEF = 1.0
+"""Seconds of an item below which a worker has its next one at hand already: the way to a worker and back takes up to ten milliseconds.
+Longer items are handed out one by one, so that none waits for a slow worker while another is free."""
 
 
 class Cluster:
@@ -155,6 +152,7 @@ class RayPool(Executor):
         self._frozen = ray.put(Packed.of(None))
         self._actors = [self._spawn() for _ in range(workers)]
         ray.get([actor.ready.remote() for actor in self._actors])
+        self._seconds: dict[str, float] = {}  # what an item of each method took last
 
     def _spawn(self) -> Any:
         trainer, data, *settings = self._arguments
@@ -170,47 +168,46 @@ class RayPool(Executor):
     def map(self, method: str, shared: Any, items: list[Any]) -> list[Any]:
         ray, results = self._ray, dict[int, Any]()
         common = ray.put(Packed.of(shared))
-        waiting = deque((i, 0) for i in range(len(items)))
-        free = list(range(len(self._actors)))
-        running: dict[Any, _Running] = {}
-        while waiting or running:
-            while waiting and free:
-                (i, failures), actor = waiting.popleft(), free.pop()
-                reference = self._actors[actor].run.remote(method, common, Packed.of(items[i]))
-                running[reference] = _Running(i, actor, time.monotonic(), failures)
-            for reference, problem in self._finished(running):
-                task = running.pop(reference)
-                free.append(task.actor)
-                if problem is None:
-                    results[task.item] = ray.get(reference).tree(self.device)
-                    continue
-                self._replace(task.actor)
-                if task.failures < self._patience.retries:
-                    waiting.appendleft((task.item, task.failures + 1))
-                elif self._patience.lose:
-                    results[task.item] = Failure(str(problem))
-                else:
-                    raise problem
+        handout = Handout(len(items), len(self._actors), self._seconds.get(method, math.inf) < BRIEF)
+        running: dict[Any, Task] = {}
+        while len(results) < len(items):
+            while task := handout.take():
+                running[self._actors[task.worker].run.remote(method, common, Packed.of(items[task.item]))] = task
+            reference, problem = self._finished(running)
+            task = running[reference]
+            if problem is None:
+                del running[reference]
+                self._seconds[method] = handout.end(task)
+                results[task.item] = ray.get(reference).tree(self.device)
+                continue
+            failed = task if isinstance(problem, ClientError) else handout.first(task.worker)
+            again = failed.failures < self._patience.retries
+            handout.take_back(failed, again)
+            running = {reference: task for reference, task in running.items() if task.worker != failed.worker}
+            self._replace(failed.worker)
+            if not again and not self._patience.lose:
+                raise problem
+            if not again:
+                results[failed.item] = Failure(str(problem))
         return [results[i] for i in range(len(items))]
 
-    def _finished(self, running: dict[Any, _Running]) -> list[tuple[Any, FedsimError | None]]:
-        """Tasks that have ended, each with what went wrong, if anything: it raised, its worker died, or it took too long."""
+    def _finished(self, running: dict[Any, Task]) -> tuple[Any, FedsimError | None]:
+        """A task that has ended, and what went wrong, if anything: it raised, its worker died, or it took too long."""
         ray, timeout = self._ray, self._patience.timeout
-        limit = None if timeout is None else max(0.0, min(task.since for task in running.values()) + timeout - time.monotonic())
-        done, busy = ray.wait(list(running), num_returns=1, timeout=limit)
-        out: list[tuple[Any, FedsimError | None]] = []
-        for reference in done:
-            try:
-                ray.get(reference)
-                out.append((reference, None))
-            except ray.exceptions.RayTaskError as error:
-                out.append((reference, ClientError(str(error.cause))))
-            except ray.exceptions.RayError as error:
-                out.append((reference, FedsimError(f"a worker died: {str(error).splitlines()[0]}")))
+        limit = oldest = None
         if timeout is not None:
-            late = [r for r in busy if time.monotonic() - running[r].since > timeout]
-            out += [(r, FedsimError(f"a worker took more than {timeout:g} s")) for r in late]
-        return out
+            oldest = min(running, key=lambda reference: running[reference].since)
+            limit = max(0.0, running[oldest].since + timeout - time.monotonic())
+        done, _ = ray.wait(list(running), num_returns=1, timeout=limit)
+        if not done:
+            return oldest, FedsimError(f"a worker took more than {timeout:g} s")
+        try:
+            ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            return done[0], ClientError(str(error.cause))
+        except ray.exceptions.RayError as error:
+            return done[0], FedsimError(f"a worker died: {str(error).splitlines()[0]}")
+        return done[0], None
 
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor], no_restart=True)

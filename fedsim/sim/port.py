@@ -15,8 +15,9 @@ from fedsim import rng
 from fedsim.engine import Received, RunPort, Weigh, merge
 from fedsim.fleet import ARRIVES, LOST, Fates, Fleet
 from fedsim.params import Params
+from fedsim.sim.chunk import Chunk, ChunkReply
 from fedsim.sim.clock import Clock, Events
-from fedsim.sim.cohort import Chunk, ChunkReply, Mode, order
+from fedsim.sim.cohort import Mode, order
 from fedsim.sim.executor import Executor, Failure
 from fedsim.sim.harm import Mishaps
 from fedsim.sim.jobs import Group, Kept, Team, teams

@@ -182,7 +182,8 @@ def timed(work: Any, repeats: int = 7) -> float:
 def clients_step(program: Any, clients: int = CLIENTS) -> float:
     """Examples a second of `clients` that share the examples and run `program` as one stack."""
     from fedsim.data import Lists
-    from fedsim.sim.cohort import Chunk, Trainer
+    from fedsim.sim.chunk import Chunk
+    from fedsim.sim.cohort import Trainer
 
     problem, w, x, y = adapted()
     each = len(x) // clients

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsim import rng
-from fedsim.sim.cohort import Chunk
+from fedsim.sim.chunk import Chunk
 from fedsim.sim.pool import RayPool
 from fedsim.strategy import NOTHING
 from fedsim.world import World, build
