@@ -70,10 +70,10 @@ def test_the_two_examples_run_in_different_modes():
     assert build(quickstart(*CONVOLUTIONAL)).mode == "loop"
 
 
-def states(world, executor, rounds: int, strategy, key=5, interrupt=None):
+def states(world, executor, rounds: int, strategy, key=5, interrupt=None, chunk=2):
     blank = strategy.memory(world.problem, world.w)
     participation = quickstart().fleet.participation
-    port = SimPort(executor, Fleet(participation), None, world.data.sizes, blank, 2, rng.fold(0, rng.FLEET))
+    port = SimPort(executor, Fleet(participation), None, world.data.sizes, blank, chunk, rng.fold(0, rng.FLEET))
     for round in itertools.islice(run(strategy, world.problem, world.w, port, Sync(), key), rounds):
         if interrupt:
             interrupt(round.version)
@@ -179,12 +179,12 @@ def test_a_program_that_raises_on_a_worker_ends_the_run_or_loses_its_clients():
     pool = RayPool(trainer_of(world), workers=1, patience=Patience(retries=1))
     try:
         with pytest.raises(ClientError, match=r"Broken failed in round 1, among clients .*: ValueError: out of cheese"):
-            next(iter(states(world, pool, 1, broken)))
+            next(iter(states(world, pool, 1, broken, chunk=8)))
         pool._patience = Patience(retries=0, lose=True)
-        on_ray = next(iter(states(world, pool, 1, broken)))
+        on_ray = next(iter(states(world, pool, 1, broken, chunk=8)))
     finally:
         pool.close()
-    here = next(iter(states(world, Inline(trainer_of(world), patience=Patience(lose=True)), 1, broken)))
+    here = next(iter(states(world, Inline(trainer_of(world), patience=Patience(lose=True)), 1, broken, chunk=8)))
     for round in (on_ray, here):
         assert round.received.arrivals is None
         assert round.state.w is world.w

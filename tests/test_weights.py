@@ -53,7 +53,7 @@ OPTIMUM = minimum(np.ones(6))
 def reached(strategy, pattern="bernoulli", count=500, seed=0):
     toy = problem_of(XS, YS)
     toy = toy._replace(problem=replace(toy.problem, rates=torch.tensor(P)))
-    return path(strategy, toy, count, participation=PATTERNS[pattern], chunk=6, mode="loop", seed=seed)[count // 2 :].mean(0)
+    return path(strategy, toy, count, participation=PATTERNS[pattern], chunk=6, mode="vmap", seed=seed)[count // 2 :].mean(0)
 
 
 def share_of_a_mean():
