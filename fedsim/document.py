@@ -149,7 +149,7 @@ class Document:
             raise InvalidScenario("\n".join(self.line(path, why) for path, why in found))
 
     def set(self, assignment: str, option: str = "") -> None:
-        """Apply `a.b.c=value`, the value read as YAML. An absent section is made, a bare name gets fields, lists are set whole.
+        """Apply `a.b.c=value`, the value read as YAML. An absent section is made, a bare name gets fields; `a.0` is a list's first entry.
 
         Errors name the `option` that it came from.
         """
@@ -159,7 +159,7 @@ class Document:
         try:
             if not (separator and all(path)):
                 raise _Unreadable("write --set section.field=value")
-            above = self._mapping_above(path)
+            above, path = self._way_to(path)
             node = _compose(text)
         except _Unreadable as error:
             self.problems[path] = error.why
@@ -178,10 +178,11 @@ class Document:
             value = value[part]
         place = other.where(source)
         try:
-            self._mapping_above(path)[path[-1]] = deepcopy(value)
+            above, path = self._way_to(path)
         except _Unreadable as error:
             self.problems[path], self.lines[path] = error.why, place
             return
+        above[path[-1]] = deepcopy(value)
         for known, theirs in ((self.lines, other.lines), (self.problems, other.problems)):
             for old in [p for p in known if p[: len(path)] == path]:
                 del known[old]
@@ -191,26 +192,40 @@ class Document:
 
     def place(self, path: Path_, value: Any, told: str) -> None:
         """Put a plain value at `path`; errors say that it comes from `told`."""
-        self._mapping_above(path)[path[-1]] = value
+        above, path = self._way_to(path)
+        above[path[-1]] = value
         self.lines[path] = told
 
     def copy(self) -> Document:
         """Another document with the same values, to be changed by itself."""
         return Document(self.path, deepcopy(self.values), dict(self.lines), dict(self.problems))
 
-    def _mapping_above(self, path: Path_) -> dict[str | int, Any]:
+    def _way_to(self, path: Path_) -> tuple[Any, Path_]:
+        """The mapping or list that holds what stands at `path`, and the path with lists' entries by number."""
         if len(path) > DEEPEST:
             raise _Unreadable(f"nested more than {DEEPEST} levels deep")
         above: Any = self.values
+        way: Path_ = ()
         for part in path[:-1]:
-            if isinstance(above.get(part), list):
-                raise _Unreadable(f"lists are set as a whole, e.g. --set {part}='[...]'")
-            if isinstance(above.get(part), str):  # a bare name has no fields yet
-                above[part] = {"name": above[part]}
-            elif not isinstance(above.get(part), dict):
-                above[part] = {}
-            above = above[part]
-        return above
+            key = _key(above, part, way)
+            inner = None if isinstance(above, dict) and key not in above else above[key]
+            if isinstance(inner, str):  # a bare name has no fields yet
+                above[key] = {"name": inner}
+            elif not isinstance(inner, (dict, list)):
+                above[key] = {}
+            above, way = above[key], (*way, key)
+        return above, (*way, _key(above, path[-1], way))
+
+
+def _key(above: dict[str | int, Any] | list[Any], part: str | int, way: Path_) -> str | int:
+    """`part` as a key of the mapping or list `above`, which stands at `way`."""
+    if isinstance(above, dict):
+        return part
+    if str(part).isdecimal() and int(part) < len(above):
+        return int(part)
+    name, last = ".".join(map(str, way)), len(above) - 1
+    has = "no entries" if last < 0 else "one entry, 0" if last == 0 else f"entries 0 to {last}"
+    raise _Unreadable(f"{name} is a list with {has}; it can also be set as a whole, e.g. --set {name}='[...]'")
 
 
 def parse(path: Path) -> Document:

@@ -23,6 +23,7 @@ Differs: a round in which nobody takes part leaves the model as it is (so does F
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -54,76 +55,11 @@ class Remembering:
     intervals: Intervals
 
 
-def start(problem: Problem, w: Params) -> Remembering:
-    """Before the first round: nobody has been heard of."""
-    h = Table.of(w.zeros(), problem.clients, problem.storage)
-    return Remembering(w, h, w.zeros().to(torch.float64), Intervals.none(problem.clients))
-
-
-def coefficients(rule: FedStale | FedVarp, problem: Problem, state: Remembering, arrivals: Arrivals) -> Tensor:
-    """c_i of each arrival, `[C]`."""
-    alpha = client_shares(rule.weights, problem)[arrivals.ids]
-    if rule.rates == "cohort":
-        return alpha / alpha.sum()
-    if rule.rates == "estimated":
-        return alpha * state.intervals.omega(int(problem.version), rule.cutoff, arrivals.ids)
-    assert problem.rates is not None  # `needs` has seen to it
-    return alpha / problem.rates[arrivals.ids]
-
-
-def mix(rule: FedStale | FedVarp, beta: float, problem: Problem, state: Remembering, updates: Updates) -> Remembering:
-    """One round of the server."""
-    ids, h = updates.arrivals.ids, state.h.get(updates.arrivals.ids)
-    c, alpha = coefficients(rule, problem, state, updates.arrivals), client_shares(rule.weights, problem)[ids]
-    v = weighted_sum(updates.payload, c) - beta * weighted_sum(h, c) + beta * state.mean.map(Tensor.to, state.w)
-    mean = state.mean + weighted_sum(updates.payload, alpha) - weighted_sum(h, alpha)
-    intervals = state.intervals.after(int(problem.version), rule.cutoff, ids)
-    return Remembering(state.w + rule.server_lr * v, state.h.put(ids, updates.payload), mean, intervals)
-
-
-def tell(rule: FedStale | FedVarp, problem: Problem, before: Remembering, arrivals: Arrivals) -> Report:
-    """c_i as `weight`, and how good the estimate of 1/p is, where it is used and the truth is known."""
-    judged = judge(before.intervals, rule.cutoff, problem, arrivals) if rule.rates == "estimated" else {}
-    return {"weight": coefficients(rule, problem, before, arrivals)} | judged
-
-
-@register("fedstale")
 @dataclass(frozen=True)
-class FedStale(Strategy):
-    """Mix fresh updates with remembered ones, in a proportion beta (Rodio and Neglia, 2024).
-
-    rates: where 1/p_i comes from. cutoff: of `estimated`, as in `fedau`; null = never, as in the paper's scripts.
-    """
+class _Recalling(Strategy):
+    """The round above, for a beta."""
 
     paces: ClassVar[frozenset[str]] = frozenset({"sync"})  # the table has one update a client and round
-
-    local: LocalProgram = Sgd()
-    server_lr: Annotated[float, Gt(0)] = 1.0
-    beta: Annotated[float, Ge(0), Le(1)] = 0.5
-    rates: Rates = "estimated"
-    cutoff: Cutoff = None
-    weights: Weighting = "samples"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"rates"} if self.rates == "known" else ())
-
-    def init(self, problem: Problem, w: Params) -> Remembering:
-        return start(problem, w)
-
-    def server(self, problem: Problem, state: Remembering, updates: Updates, key: Key) -> Remembering:
-        return mix(self, self.beta, problem, state, updates)
-
-    def report(self, problem: Problem, before: Remembering, state: Remembering, arrivals: Arrivals) -> Report:
-        return tell(self, problem, before, arrivals)
-
-
-@register("fedvarp")
-@dataclass(frozen=True)
-class FedVarp(Strategy):
-    """Correct each fresh update by what the server remembers of the client, and add the mean memory (Jhunjhunwala et al., UAI 2022)."""
-
-    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
 
     local: LocalProgram = Sgd()
     server_lr: Annotated[float, Gt(0)] = 1.0
@@ -135,11 +71,65 @@ class FedVarp(Strategy):
     def needs(self) -> frozenset[str]:
         return frozenset({"rates"} if self.rates == "known" else ())
 
+    @property
+    @abstractmethod
+    def memory_share(self) -> float:
+        """The round's beta."""
+
     def init(self, problem: Problem, w: Params) -> Remembering:
-        return start(problem, w)
+        h = Table.of(w.zeros(), problem.clients, problem.storage)  # nobody has been heard of
+        return Remembering(w, h, w.zeros().to(torch.float64), Intervals.none(problem.clients))
+
+    def _coefficients(self, problem: Problem, state: Remembering, arrivals: Arrivals) -> Tensor:
+        """c_i of each arrival, `[C]`."""
+        alpha = client_shares(self.weights, problem)[arrivals.ids]
+        if self.rates == "cohort":
+            return alpha / alpha.sum()
+        if self.rates == "estimated":
+            return alpha * state.intervals.omega(int(problem.version), self.cutoff, arrivals.ids)
+        assert problem.rates is not None  # `needs` has seen to it
+        return alpha / problem.rates[arrivals.ids]
 
     def server(self, problem: Problem, state: Remembering, updates: Updates, key: Key) -> Remembering:
-        return mix(self, 1.0, problem, state, updates)
+        ids, beta = updates.arrivals.ids, self.memory_share
+        h, alpha = state.h.get(ids), client_shares(self.weights, problem)[ids]
+        c = self._coefficients(problem, state, updates.arrivals)
+        v = weighted_sum(updates.payload, c) - beta * weighted_sum(h, c) + beta * state.mean.map(Tensor.to, state.w)
+        mean = state.mean + weighted_sum(updates.payload, alpha) - weighted_sum(h, alpha)
+        intervals = state.intervals.after(int(problem.version), self.cutoff, ids)
+        return Remembering(state.w + self.server_lr * v, state.h.put(ids, updates.payload), mean, intervals)
 
     def report(self, problem: Problem, before: Remembering, state: Remembering, arrivals: Arrivals) -> Report:
-        return tell(self, problem, before, arrivals)
+        """c_i as `weight`, and how good the estimate of 1/p is, where it is used and the truth is known."""
+        judged = judge(before.intervals, self.cutoff, problem, arrivals) if self.rates == "estimated" else {}
+        return {"weight": self._coefficients(problem, before, arrivals)} | judged
+
+
+@register("fedvarp")
+@dataclass(frozen=True)
+class FedVarp(_Recalling):
+    """Correct each fresh update by what the server remembers of the client, and add the mean memory (Jhunjhunwala et al., UAI 2022).
+
+    rates: where 1/p_i comes from. cutoff: of `estimated`, as in `fedau`; null = never.
+    """
+
+    @property
+    def memory_share(self) -> float:
+        return 1.0
+
+
+@register("fedstale")
+@dataclass(frozen=True)
+class FedStale(_Recalling):
+    """Mix fresh updates with remembered ones, in a proportion beta (Rodio and Neglia, 2024).
+
+    rates: where 1/p_i comes from. cutoff: of `estimated`, as in `fedau`; null = never, as in the paper's scripts.
+    """
+
+    rates: Rates = "estimated"
+    weights: Weighting = "samples"
+    beta: Annotated[float, Ge(0), Le(1)] = 0.5
+
+    @property
+    def memory_share(self) -> float:
+        return self.beta

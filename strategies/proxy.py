@@ -20,6 +20,7 @@ in every round. Where a task has no classes, the teacher is the mean output.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,26 +49,35 @@ class Tuned:
     proxy_loss: Tensor  # [2]
 
 
-def check(program: LocalProgram) -> None:
-    """Refuse a program that does not start from a model."""
-    if program.receives is not Params:
-        raise ValueError(f"tune: {type(program).__name__} does not start from a model; take sgd or adam")
+@dataclass(frozen=True)
+class _Tuning(Strategy):
+    """FedAvg, then a client's program on a lesson from the proxy data."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"proxy"})
+    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
 
-def begin(w: Params) -> Tuned:
-    """Before the first round."""
-    return Tuned(w, torch.full((2,), torch.nan))
+    local: LocalProgram = Sgd()
+    tune: LocalProgram = TUNE
 
+    def __post_init__(self) -> None:
+        if self.tune.receives is not Params:
+            raise ValueError(f"tune: {type(self.tune).__name__} does not start from a model; take sgd or adam")
 
-def improve(program: LocalProgram, problem: Problem, mean: Params, data: Batch, key: Key) -> Tuned:
-    """`mean` after `program` ran on `data`."""
-    w = tune(program, problem, mean, data, key)
-    return Tuned(w, torch.stack([loss(problem, v, proxy_of(problem)) for v in (mean, w)]))
+    @abstractmethod
+    def lesson(self, problem: Problem, state: Tuned, updates: Updates) -> Batch:
+        """What the average is tuned on."""
 
+    def init(self, problem: Problem, w: Params) -> Tuned:
+        return Tuned(w, torch.full((2,), torch.nan))
 
-def losses(state: Tuned) -> Report:
-    """Proxy loss of the average, and of what was made of it."""
-    return {"proxy_loss_before": float(state.proxy_loss[0]), "proxy_loss_after": float(state.proxy_loss[1])}
+    def server(self, problem: Problem, state: Tuned, updates: Updates, key: Key) -> Tuned:
+        mean = state.w + updates.mean(updates.arrivals.n)
+        w = tune(self.tune, on_server(problem), mean, self.lesson(problem, state, updates), key)
+        return Tuned(w, torch.stack([loss(problem, v, proxy_of(problem)) for v in (mean, w)]))
+
+    def report(self, problem: Problem, before: Tuned, state: Tuned, arrivals: Arrivals) -> Report:
+        """Proxy loss of the average, and of what was made of it."""
+        return {"weight": arrivals.n, "proxy_loss_before": float(state.proxy_loss[0]), "proxy_loss_after": float(state.proxy_loss[1])}
 
 
 def teach(problem: Problem, models: Params, x: Tensor) -> Tensor:
@@ -83,52 +93,23 @@ def teach(problem: Problem, models: Params, x: Tensor) -> Tensor:
 
 @register("server-finetune")
 @dataclass(frozen=True)
-class ServerFinetune(Strategy):
+class ServerFinetune(_Tuning):
     """FedAvg, then training on the server's labelled proxy data (a baseline of Li et al., ICML 2023)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"proxy"})
-    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
-
-    local: LocalProgram = Sgd()
-    tune: LocalProgram = TUNE
-
-    def __post_init__(self) -> None:
-        check(self.tune)
-
-    def init(self, problem: Problem, w: Params) -> Tuned:
-        return begin(w)
-
-    def server(self, problem: Problem, state: Tuned, updates: Updates, key: Key) -> Tuned:
-        mean = state.w + updates.mean(updates.arrivals.n)
-        return improve(self.tune, on_server(problem), mean, proxy_of(problem), key)
-
-    def report(self, problem: Problem, before: Tuned, state: Tuned, arrivals: Arrivals) -> Report:
-        return {"weight": arrivals.n} | losses(state)
+    def lesson(self, problem: Problem, state: Tuned, updates: Updates) -> Batch:
+        return proxy_of(problem)
 
 
 @register("feddf")
 @dataclass(frozen=True)
-class FedDF(Strategy):
+class FedDF(_Tuning):
     """FedAvg, then distillation of the ensemble of clients on unlabelled proxy inputs (Lin et al., NeurIPS 2020)."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"proxy"})
-    paces: ClassVar[frozenset[str]] = frozenset({"sync"})
-
-    local: LocalProgram = Sgd()
-    tune: LocalProgram = TUNE
-
-    def __post_init__(self) -> None:
-        check(self.tune)
 
     def init(self, problem: Problem, w: Params) -> Tuned:
         if not isinstance(problem.task, (Classification, MultiLabel, Regression)):
             raise ScenarioError("strategy", "feddf distils one answer an example; this task asks for an answer at each position")
-        return begin(w)
+        return super().init(problem, w)
 
-    def server(self, problem: Problem, state: Tuned, updates: Updates, key: Key) -> Tuned:
-        mean, x = state.w + updates.mean(updates.arrivals.n), proxy_of(problem).x
-        targets = teach(problem, updates.payload + state.w, x)  # w_i = w + Delta_i
-        return improve(self.tune, on_server(problem), mean, Batch(x, targets), key)
-
-    def report(self, problem: Problem, before: Tuned, state: Tuned, arrivals: Arrivals) -> Report:
-        return {"weight": arrivals.n} | losses(state)
+    def lesson(self, problem: Problem, state: Tuned, updates: Updates) -> Batch:
+        x = proxy_of(problem).x
+        return Batch(x, teach(problem, updates.payload + state.w, x))  # w_i = w + Delta_i

@@ -215,6 +215,19 @@ def test_set(tmp_path: Path, assignment: str, expected: dict[str, Any]) -> None:
     assert document.where(path) == f"--set {assignment}"
 
 
+def test_set_reaches_into_lists(tmp_path: Path) -> None:
+    document = read(tmp_path, "d:\n- {a: 1}\n- name\n- [1,\n   2]\ne: []\n")
+    for assignment in ("d.0.a=3", "d.1.lr=2", "d.2.1=[4]", "d.2.1.0=5"):
+        document.set(assignment)
+    document.refuse({})
+    assert document.values == {"d": [{"a": 3}, {"name": "name", "lr": 2}, [1, [5]]], "e": []}
+    places = {("d", 0, "a"): "--set d.0.a=3", ("d", 2, 0): "s.yaml:4", ("d", 2, 1): "--set d.2.1=[4]", ("d", 2, 1, 0): "--set d.2.1.0=5"}
+    assert {path: document.where(path) for path in places} == places
+    for assignment, why in (("e.0=1", "e is a list with no entries;"), ("d.3=1", "d is a list with entries 0 to 2;")):
+        document.set(assignment)
+        assert document.problems.pop(tuple(assignment[:3].split("."))).startswith(why)
+
+
 def test_the_last_set_wins_and_lines_below_it_are_forgotten(tmp_path: Path) -> None:
     document = read(tmp_path, "b: {c: 1}\n")
     document.set("b.c=2")
@@ -241,8 +254,9 @@ def test_set_mends_what_could_not_be_read(tmp_path: Path) -> None:
         ("", "write --set section.field=value"),
         ("a..b=1", "a..b: write --set section.field=value"),
         (".=1", ".: write --set section.field=value"),
-        ("d.0=1", "d.0: lists are set as a whole, e.g. --set d='[...]'"),
-        ("d.0.x=1", "d.0.x: lists are set as a whole, e.g. --set d='[...]'"),
+        ("d.2=1", "d.2: d is a list with one entry, 0; it can also be set as a whole, e.g. --set d='[...]'"),
+        ("d.x.y=1", "d.x.y: d is a list with one entry, 0; it can also be set as a whole"),
+        ("d.-1=1", "d.-1: d is a list with one entry, 0"),
         ("a={", "a: not valid YAML: "),
         ("a=\x07", "a: not a text file (it has the character 0x7)"),
         ("a=!mine 1", "a: the tag !mine is not allowed here"),

@@ -437,7 +437,10 @@ SETS = [
     ("=1", "write --set section.field=value"),
     ("strategy..lr=1", "strategy..lr: write --set section.field=value"),
     ("model.hidden=[1", "model.hidden: not valid YAML: expected ',' or ']'"),
-    ("model.hidden.0=3", "model.hidden.0: lists are set as a whole, e.g. --set hidden='[...]'"),
+    (
+        "model.hidden.7=3",
+        "model.hidden.7: model.hidden is a list with one entry, 0; it can also be set as a whole, e.g. --set model.hidden=",
+    ),
     ("model.hidden=&a [*a]", "model.hidden.0: an alias (*) inside of what it stands for"),
     ("name=!!python/name:os.system", "name: the tag !!python/name:os.system is not allowed"),
     ("strategy={name: fedavg, local: {lr: -1, name: sgd}}", "strategy.local.lr: should be greater than 0, not -1"),
