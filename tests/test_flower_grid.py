@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as theirs
 
@@ -188,6 +188,15 @@ def test_a_client_is_whom_its_reply_says_else_its_nodes_place():
     assert strategy.rejected == {}
 
 
+def test_nodes_that_come_and_go_are_clients_of_their_own():
+    strategy = from_fedsim(ours("fedavg"), clients=3)
+    strategy._clients, strategy._place = 3, {20: 2, 10: 1}  # as their replies have said
+    assert strategy._seat([10, 20, 5]) == {2: 20, 1: 10, 0: 5}  # one comes late
+    assert strategy._seat([10, 20, 7]) == {2: 20, 1: 10, 0: 7}  # and is replaced
+    assert strategy._seat([5, 7, 10, 20]) == {0: 5, 1: 10, 2: 20}  # and is back: there is no room for both
+    assert strategy._seat([7]) == {0: 7}
+
+
 class Renamed(Grid):
     """The nodes of another grid under ids of many digits, in another order."""
 
@@ -235,6 +244,11 @@ def spoiled(kind: str, reply: Message) -> None:
         del content["metrics"]
     elif kind == "stranger":
         metrics["partition-id"] = 99
+    elif kind == "no one":
+        metrics["partition-id"] = float("nan")
+    elif kind == "counter":
+        counter = next(name for name in arrays if name.endswith("num_batches_tracked"))
+        arrays[counter] = Array("int64", (), "numpy.ndarray", b"garbled")
     elif kind == "twice":
         metrics["partition-id"] = 0
 
@@ -264,14 +278,17 @@ class Spoiling:
         ("negative", "no positive number"),
         ("no metrics", "0 metric records"),
         ("stranger", "client 99 is unknown"),
+        ("no one", "client -1 is unknown"),
+        ("counter", "num_batches_tracked is not in NumPy's format"),
         ("twice", "came a second time"),
     ],
 )
 def test_a_malformed_reply_is_rejected_counted_and_the_run_goes_on(kind, why):
-    grid = SimGrid(flower_app.app, 4, run_config={"says-who": 1})
+    counts = kind == "counter"
+    grid = SimGrid(flower_app.app, 4, run_config={"says-who": 1} | ({"counts": 1} if counts else {}))
     grid._app = Spoiling(kind)
     strategy = from_fedsim(ours("fedavg"), fraction_evaluate=0.0)
-    result = grid.start(strategy, ArrayRecord(flower_app.net().state_dict()), num_rounds=2)
+    result = grid.start(strategy, ArrayRecord(flower_app.net(counts).state_dict()), num_rounds=2)
     ((reason, count),) = strategy.rejected.items()
     assert why in reason
     assert count == 2

@@ -144,6 +144,8 @@ SPOILT = {
     "no arrays": (lambda records: RecordDict({k: v for k, v in records.items() if k != "arrays"}), "rejected", "no ArrayRecord"),
     "no metrics": (lambda records: RecordDict({k: v for k, v in records.items() if k != "metrics"}), "rejected", "no MetricRecord"),
     "nothing at all": (lambda records: RecordDict(), "rejected", "no ConfigRecord"),
+    "a number for a list": (config(clients=5), "rejected", "5 is not a list of whole numbers"),
+    "reals for clients": (config(clients=[0.5]), "rejected", "not a list of whole numbers"),
     "nonsense for numbers": (config(clients=["a"]), "rejected", "cannot be read"),
     "an error": (lambda records: Error(2, "<class 'ValueError'>:<'no'>"), "lost", "the client program failed"),
     "a node that left": (lambda records: Error(5, "gone"), "lost", "the node is gone"),

@@ -88,7 +88,7 @@ class Order:
         try:
             program = program_of(str(config["program"])) if config["program"] else None
             return Order(
-                ids=np.array(config["clients"], dtype=np.int64),
+                ids=_whole(config["clients"]),
                 message=wire.tree_of(arrays, config["outline"]),
                 program=program,
                 version=int(config["version"]),
@@ -142,7 +142,7 @@ class Answer:
         """The answer of the clients `asked`, whose payloads are due in the form of `like` (None: no payload is due). Raises `Malformed`."""
         config, metrics = _part(records, CONFIG, ConfigRecord), _part(records, METRICS, MetricRecord)
         try:
-            ids, refused = np.array(config["clients"], dtype=np.int64), np.array(config["refused"], dtype=np.int64)
+            ids, refused = (_whole(config[name]) for name in ("clients", "refused"))
             reasons, examples = list(config["reasons"]), int(config["examples"])
             which = config["strategy"], config["version"]
         except (KeyError, ValueError, TypeError, OverflowError) as error:
@@ -189,7 +189,7 @@ class Description:
         """The description in a message, of some of `clients` clients. Raises `Malformed`."""
         config = _part(records, CONFIG, ConfigRecord)
         try:
-            ids, *counts = (np.array(config[name], dtype=np.int64) for name in ("ids", "sizes", "calibration", "tests"))
+            ids, *counts = (_whole(config[name]) for name in ("ids", "sizes", "calibration", "tests"))
             own = bool(config["own"])
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise Malformed(f"description cannot be read: {type(error).__name__}: {error}") from error
@@ -198,6 +198,13 @@ class Description:
         if any((each < 0).any() for each in counts):
             raise Malformed("node describes clients with less than no examples")
         return Description(ids, counts[0], counts[1], counts[2], own)
+
+
+def _whole(values: Any) -> np.ndarray:
+    """A list of whole numbers, `[C]` int64. Raises `TypeError`, `ValueError` or `OverflowError` where it is none."""
+    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+        raise TypeError(f"{str(values)[:40]} is not a list of whole numbers")
+    return np.array(values, dtype=np.int64)
 
 
 def written(program: LocalProgram) -> str:

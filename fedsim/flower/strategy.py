@@ -140,10 +140,8 @@ class FromFedsim(FedAvg):
         _, there = sample_nodes(grid, self.min_available_nodes, wanted)  # waits until there are enough
         if self.state is None:
             self._begin(arrays, len(there))
-        for node in sorted(there):
-            self._place.setdefault(node, len(self._place))  # the client that a node is taken for, until its reply says otherwise
-        nodes = {self._place[node]: node for node in there}
-        ids = np.sort(generator(fold(self._seed, PLAN, server_round)).choice(sorted(nodes), wanted, replace=False))
+        nodes = self._seat(there)
+        ids = np.sort(generator(fold(self._seed, PLAN, server_round)).choice(sorted(nodes), min(wanted, len(nodes)), replace=False))
         self._sent, self._started = arrays, {}
         config["server-round"] = server_round
         messages = []
@@ -192,6 +190,22 @@ class FromFedsim(FedAvg):
             self._problem = replace(self._problem, sizes=torch.ones(self._clients))
         self.state = self.strategy.init(self._problem, self._like)
 
+    def _seat(self, there: Iterable[int]) -> dict[int, int]:
+        """The node of each client. A node stays who it was; one that is new is a client that no node has been, else one whose node left.
+
+        Its reply may say otherwise. Nodes beyond the number of clients are not asked.
+        """
+        assert self._clients is not None
+        nodes: dict[int, int] = {}
+        for node in sorted(there):
+            if node in self._place:
+                nodes.setdefault(self._place[node], node)
+        new, known = sorted(set(there) - set(nodes.values())), set(self._place.values())
+        free = sorted(set(range(self._clients)) - set(nodes), key=lambda client: (client in known, client))
+        for node, client in zip(new, free, strict=False):
+            nodes[client], self._place[node] = node, client
+        return nodes
+
     def _asked_of(self, program: Any) -> dict[str, float]:
         """What clients are told of the program that the strategy wants, as Flower's FedProx does."""
         due = self.strategy.local
@@ -219,7 +233,7 @@ class FromFedsim(FedAvg):
             raise Malformed("reply of a node that was not asked")
         if missing := sorted(set(self._sent) ^ set(arrays[0])):
             raise Malformed(f"reply and model differ in {', '.join(missing[:5])}")
-        rest = {name: array for name, array in arrays[0].items() if name not in self._like}
+        rest = {name: wire.decode(array, name) for name, array in arrays[0].items() if name not in self._like}
         model = wire.read({name: wire.decode(arrays[0][name], name) for name in self._like}, self._like)
         if any(tuple(array.shape) != tuple(self._sent[name].shape) for name, array in rest.items()):
             raise Malformed(f"reply has other shapes at {', '.join(sorted(rest)[:5])}")
@@ -230,7 +244,7 @@ class FromFedsim(FedAvg):
 
     def _client(self, said: Any, node: int) -> int:
         assert self._clients is not None
-        client = self._place[node] if said is None or isinstance(said, list) else int(said)
+        client = self._place[node] if said is None or isinstance(said, list) else int(said) if math.isfinite(said) else -1
         if not 0 <= client < self._clients:
             raise Malformed(f"client {client} is unknown; from_fedsim(..., clients=N) says how many there may be, now {self._clients}")
         other = next((each for each, place in self._place.items() if place == client), node)
