@@ -169,7 +169,8 @@ class _Training:
         self, stage: Phase, problem: Problem, first: Params, port: RunPort, progress: _Progress
     ) -> Generator[Row, None, tuple[Round | None, dict[str, Tensor]]]:
         """The rounds of one phase, logged and checkpointed; returns the last (None: there was none) and the privacy account."""
-        last, saved, ledger = progress.start, True, self.world.ledger
+        last, ledger = progress.start, self.world.ledger
+        unsaved: _Progress | None = None  # whatever a round that is broken off has done is not in it
         if last is not None and last.version >= stage.rounds:
             return last, progress.counts
         if ledger.exhausted(progress.counts, progress.phase):
@@ -188,21 +189,22 @@ class _Training:
                 self.folder.log("metrics", row)
                 self.folder.log("clients", _client_row(row["round"], last))
                 self.folder.log("timings", {"round": row["round"], "train": trained - clock, "evaluate": end - trained})
-                saved = row["round"] % self.scenario.output.checkpoint == 0 or last.version == stage.rounds or spent
-                if saved:
-                    self._checkpoint(last, port, progress)
+                unsaved = replace(progress, start=last, port=port.save())
+                if row["round"] % self.scenario.output.checkpoint == 0 or last.version == stage.rounds or spent:
+                    self._checkpoint(unsaved)
+                    unsaved = None
                 yield row | {"seconds": end - clock}
                 if last.version == stage.rounds or spent:
                     return last, progress.counts
                 clock = time.perf_counter()
         finally:
-            if not saved and last is not None:
-                self._checkpoint(last, port, progress)
+            if unsaved is not None:
+                self._checkpoint(unsaved)
         raise AssertionError("run() never ends by itself")
 
-    def _checkpoint(self, last: Round, port: RunPort, progress: _Progress) -> None:
-        reached = replace(progress, start=last, port=port.save())
-        self.folder.save(progress.done + last.version, reached.save(), self.scenario.output.keep)
+    def _checkpoint(self, reached: _Progress) -> None:
+        assert reached.start is not None
+        self.folder.save(reached.done + reached.start.version, reached.save(), self.scenario.output.keep)
 
     def _row(self, stage: Phase, problem: Problem, last: Round, first: Params, port: RunPort, progress: _Progress, spent: bool) -> Row:
         """Everything to be said of a round. `spent`: it is the last one, because the privacy budget does not allow another."""

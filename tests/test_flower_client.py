@@ -10,12 +10,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim import rng
 from fedsim.data import Dataset, Examples
+from fedsim.data.encoding import Encoding
 from fedsim.entropy import SYSTEM
-from fedsim.errors import FedsimError
+from fedsim.errors import DataError, FedsimError, ScenarioError
+from fedsim.flower import client_app as client_module
 from fedsim.flower import orders, wire
 from fedsim.flower.client_app import client_app
 from fedsim.flower.device import Device
-from fedsim.flower.orders import CALIBRATE, DESCRIBE, EVALUATE, Answer, Description, Order, held_by, program_of
+from fedsim.flower.orders import CALIBRATE, DESCRIBE, ENCODING, EVALUATE, Answer, Description, Order, held_by, program_of
 from fedsim.flower.wire import Malformed
 from fedsim.local import StepDecay
 from fedsim.problem import Classification
@@ -217,6 +219,88 @@ def test_a_node_trains_on_data_of_its_own(tmp_path, kind):
 def test_own_data_that_cannot_be_are_refused(tmp_path, node, reason):
     with pytest.raises(FedsimError, match=reason):
         Device.of(load(written(tmp_path))[0], node)
+
+
+CSV = """\
+name: tables
+data: {source: {name: csv, path: FILE, target: kind, test_fraction: 0.25}, clients: 2}
+model: logreg
+strategy: %s
+rounds: 1
+"""
+SCENARIOS_TABLE = "size,colour,kind\n" + "1,red,cat\n2,blue,dog\n3,red,horse\n4,blue,dog\n" * 4
+
+
+def table(tmp_path, rows):
+    """The device of a node that brings a table of its own, and the labels of its training examples by name."""
+    (tmp_path / "all.csv").write_text(SCENARIOS_TABLE)
+    (tmp_path / "mine.csv").write_text("size,colour,kind\n" + rows)
+    path = written(tmp_path, "fedavg", CSV.replace("FILE", str(tmp_path / "all.csv")))
+    told = Encoding.of(build(load(path)[0]).data)
+    assert Encoding.read(told.written()) == told
+    device = Device.of(load(path)[0], {"partition-id": 0, "data": str(tmp_path / "mine.csv")}, told)
+    return device, [device.world.data.task.names[int(y)] for y in device.world.data.y]
+
+
+def test_classes_of_a_node_s_own_table_are_known_by_name(tmp_path):
+    device, names = table(tmp_path, "1,red,horse\n2,blue,cat\n5,red,horse\n" * 4)
+    assert device.world.data.task.names == ("cat", "dog", "horse")
+    assert set(names) == {"cat", "horse"}
+    assert names.count("horse") == 2 * names.count("cat")
+    assert device.world.problem.network.module(device.world.data.x).shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ("1,red,cow\n2,blue,cat\n" * 4, "has the class 'cow', which is none of the scenario's: cat, dog, horse"),
+        ("1,red,cat\n2,green,dog\n" * 4, "columns differs from that of the scenario's data: colour=green instead of colour=blue"),
+        ("1,red,cat\n2,red,dog\n" * 4, r"shape differs from that of the scenario's data: \(2,\) instead of \(3,\)"),
+    ],
+)
+def test_a_table_that_means_something_else_is_refused(tmp_path, rows, reason):
+    with pytest.raises(DataError, match=reason):
+        table(tmp_path, rows)
+
+
+def test_a_node_is_told_how_the_scenario_s_data_are_encoded_and_keeps_that(tmp_path):
+    path, file, data = written(tmp_path), tmp_path / "mine.npz", mine()
+    some = data.train.y < 7
+    np.savez(file, x=data.train.x[some].reshape(-1, 1, 8, 8), y=data.train.y[some])
+    app, here = client_app(path), context({"partition-id": 3, "data": str(file)})
+    told = flwr.ConfigRecord({"text": Encoding.of(build(load(path)[0]).data).written()})
+    assert Description.of(ask(app, DESCRIBE, flwr.RecordDict({ENCODING: told}), here), 9).own
+    world = build(load(path)[0])
+    order = order_of(world, [3])
+    answer = Answer.of(ask(app, orders.TRAIN, order.records(), here), np.array([3]), world.w, "fedavg", order.version)
+    assert answer.ids.tolist() == [3]
+    assert here.state[ENCODING]["text"] == told["text"]
+    assert next(iter(client_module._DEVICES.values())).world.data.task.outputs == 10  # though it has examples of seven classes
+
+
+PRIVATE = "fedavg, local: {name: dp-sgd, lr: 0.05, clip: 1.0, batch_size: 16, %s}"
+
+
+@pytest.mark.parametrize(
+    ("program", "privacy", "reason"),
+    [
+        ("noise: 1.0", "delta: 1.0e-5", "give `rate` and `steps`"),
+        ("noise: 1.0, steps: 3", "delta: 1.0e-5", "give `rate` and `steps`"),
+        ("noise: 1.0, steps: 3, rate: 0.1", "budget: 8.0", "privacy.delta|follows from the scenario's own examples"),
+        ("noise: null, steps: 3, rate: 0.1", "target_epsilon: 8.0, delta: 1.0e-5", "give the `noise` itself"),
+        ("noise: 1.0, steps: 3, rate: 0.1", "delta: 1.0e-5", None),
+    ],
+)
+def test_own_data_whose_privacy_nobody_accounts_for_are_refused(tmp_path, program, privacy, reason):
+    path, file, data = written(tmp_path, PRIVATE % program), tmp_path / "mine.npz", mine()
+    path.write_text(path.read_text() + f"privacy: {{{privacy}}}\n")
+    np.savez(file, x=data.train.x, y=data.train.y)
+    node = {"partition-id": 3, "data": str(file)}
+    if reason is None:
+        assert Device.of(load(path)[0], node).own
+    else:
+        with pytest.raises(ScenarioError, match=reason):
+            Device.of(load(path)[0], node)
 
 
 def test_a_node_does_only_what_is_its_business(tmp_path):

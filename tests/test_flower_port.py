@@ -103,6 +103,19 @@ def test_phases_and_prediction_sets_on_nodes_are_those_of_the_simulation(tmp_pat
     assert all(m.content["config"]["phase"] == 1 for m in sent)
 
 
+def test_what_clients_keep_lasts_into_the_next_phase_on_nodes_too(tmp_path):
+    """And a phase asks whom it says."""
+    own, local = "own: output", "local: {name: %s, lr: 0.05, batch_size: 16}"
+    fedalt = f"{{strategy: {{name: fedalt, {own}, {local % 'alternating-sgd'}}}, rounds: 2}}"
+    tune = f"{{strategy: {{name: local-only, {own}, {local % 'own-sgd'}}}, rounds: 1, participation: %s}}"
+    few = tune % "{name: uniform, clients: 2}"
+    pretrain = f"{{strategy: {STRATEGIES['fedavg']}, rounds: 1, participation: {{name: uniform, clients: 3}}}}"
+    path = written(tmp_path, phases=f"[{pretrain}, {fedalt}, {few}, {tune % 'full'}]")
+    folder, _ = deploy(tmp_path, path)
+    same_run(folder, simulate(tmp_path, path))
+    assert [row["participants"] for row in rows(folder)[-2:]] == [2, 7]
+
+
 @pytest.mark.parametrize("pace", ["{name: buffered, concurrency: 4, buffer: 2}", "{name: deadline, seconds: 20}"])
 def test_other_paces_train_on_nodes_too(tmp_path, pace):
     folder, _ = deploy(tmp_path, written(tmp_path, pace=pace, rounds=12))

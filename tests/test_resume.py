@@ -3,15 +3,20 @@
 import os
 import random
 import signal
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import Command, finished, wait_until
 
+from fedsim import experiment, session
 from fedsim.errors import FedsimError
 from fedsim.folder import Folder
 from fedsim.manifest import as_began
 from fedsim.scenario import load, load_plugins
+from fedsim.sim.cohort import Trainer
+from fedsim.sim.executor import Inline
 from fedsim.sim.jobs import Kept
 
 SCENARIO = """\
@@ -109,6 +114,49 @@ def test_an_asynchronous_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
     last = Folder(folder).rows()[-1]
     assert last["time"] > 0
     assert {"lost", "rejected", "participants"} <= last.keys()
+
+
+class Breaking(Inline):
+    """Is interrupted at one of the calls of a method."""
+
+    def __init__(self, trainer: Trainer, method: str, calls: int):
+        super().__init__(trainer)
+        self.method, self.calls = method, calls
+
+    def map(self, method: str, shared: Any, items: list[Any]) -> list[Any]:
+        self.calls -= method == self.method
+        if not self.calls:
+            raise KeyboardInterrupt
+        return super().map(method, shared, items)
+
+
+BROKEN = {  # scenario, method, at which of its calls
+    "training": (SCENARIO, "train", 23),
+    "evaluation": (SCENARIO, "measure", 4),
+    "asynchronous training": (ASYNCHRONOUS, "train", 31),
+    "asynchronous evaluation": (ASYNCHRONOUS, "measure", 31),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_of_a_round_that_is_broken_off_nothing_is_left(tmp_path, case):
+    text, method, calls = BROKEN[case]
+    (tmp_path / "scenario.yaml").write_text(text.replace("checkpoint: 4", "checkpoint: 1000"))
+    scenario, _ = load(tmp_path / "scenario.yaml")
+    for name in ("straight", "broken"):
+        world, folder = session.begin(scenario, tmp_path / name)
+        breaking = Breaking(world.trainer(), method, calls if name == "broken" else -1)
+        try:
+            with closing(breaking):
+                list(experiment.train(scenario, world, folder, executor=breaking))
+        except KeyboardInterrupt:
+            last = folder.rows()[-1]["round"]
+            assert 3 < last < ROUNDS
+            assert last % 25
+            assert folder.latest()[0] == last
+            list(experiment.train(scenario, world, folder))
+        folder.unlock()
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "straight")
 
 
 def test_ctrl_c_finishes_the_round_checkpoints_and_says_how_to_go_on(straight, tmp_path):

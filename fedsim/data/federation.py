@@ -107,6 +107,7 @@ class Federation:
         names: the clients' names.
         optimum: minimiser of the mean loss over all clients' train examples, where known, `[D, features]` float64.
         vocabulary: the tokens, for text.
+        columns: what each column of an input means, for tables.
     """
 
     task: Task
@@ -121,6 +122,7 @@ class Federation:
     names: tuple[str, ...]
     optimum: Tensor | None
     vocabulary: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
     @property
     def clients(self) -> int:
@@ -261,4 +263,5 @@ def _resident(
         names=split.names or tuple(f"client {i}" for i in range(len(split.clients))),
         optimum=torch.from_numpy(dataset.optimum) if dataset.optimum is not None and complete else None,
         vocabulary=dataset.vocabulary,
+        columns=dataset.columns,
     )

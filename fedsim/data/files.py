@@ -128,13 +128,14 @@ class Csv(Source):
             if any(n is None for n in numeric):
                 raise DataError(FIELD, f"{path}: the target columns {', '.join(targets)} must hold numbers for {self.task}")
             y = np.stack([n for n in numeric if n is not None], axis=1).astype(np.float32)
-        x, scaled = _design(columns, [c for c in columns if c not in (*targets, self.client)], path)
+        x, scaled, titles = _design(columns, [c for c in columns if c not in (*targets, self.client)], path)
         groups, names = (None, ()) if self.client is None else named(columns[self.client])
         dataset = _hold_out(self.task, Examples(x, y), groups, names, self.test_fraction)
         if self.normalize and scaled.any():
             parts = dataset.train.x, dataset.test.x
             for part, values in zip(parts, standardise(*(part[:, scaled] for part in parts)), strict=True):
                 part[:, scaled] = values
+        dataset = replace(dataset, columns=titles)
         return replace(dataset, task=Classification(len(class_names), class_names)) if class_names else dataset
 
     def _columns(self, path: Path, targets: tuple[str, ...]) -> dict[str, list[str]]:
@@ -168,23 +169,26 @@ def _numbers(cells: list[str], name: str, path: Path) -> np.ndarray | None:
     return values
 
 
-def _design(columns: dict[str, list[str]], inputs: list[str], path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Input columns `[M, D]` float32, and which of them are numbers `[D]` bool."""
+def _design(columns: dict[str, list[str]], inputs: list[str], path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Input columns `[M, D]` float32, which of them are numbers `[D]` bool, and what each means."""
     parts: list[np.ndarray] = []
     numeric: list[bool] = []
+    titles: list[str] = []
     for name in inputs:
         values = _numbers(columns[name], name, path)
         if values is None:
             code, kinds = named(columns[name])
             parts.append(np.eye(len(kinds))[code])
             numeric += [False] * len(kinds)
+            titles += [f"{name}={kind}" for kind in kinds]
         else:
             parts.append(values[:, None])
             numeric.append(True)
+            titles.append(name)
     if not parts:
         raise DataError(FIELD, f"{path} has no column besides target and client")
     with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is then refused
-        return np.concatenate(parts, axis=1).astype(np.float32), np.array(numeric)
+        return np.concatenate(parts, axis=1).astype(np.float32), np.array(numeric), tuple(titles)
 
 
 @register("jsonl")

@@ -52,6 +52,7 @@ class Dataset:
         blocks: units of train examples that must not be divided between what a client trains on and what it is tested on, `[M]`
             int64, or None. Overlapping windows of one recording are a block, and so are copies of one text.
         vocabulary: the tokens, for text.
+        columns: what each column of an input means, for tables.
         optimum: the parameters that minimise the mean loss over all train examples, where they are known: `[D, features]`.
     """
 
@@ -63,6 +64,7 @@ class Dataset:
     blocks: np.ndarray | None = None
     vocabulary: tuple[str, ...] = ()
     optimum: np.ndarray | None = None
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, part in (("train", self.train), ("test", self.test)):

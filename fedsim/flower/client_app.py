@@ -17,50 +17,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
+from fedsim.data.encoding import Encoding
 from fedsim.flower.device import Device, Store
-from fedsim.flower.orders import CALIBRATE, DESCRIBE, EVALUATE, TRAIN, Order
+from fedsim.flower.orders import CALIBRATE, DESCRIBE, ENCODING, EVALUATE, TRAIN, Order
 from fedsim.scenario import load
 from fedsim.world import keep_loaded
 
-_DEVICES: dict[tuple[str, tuple[tuple[str, Any], ...]], Device] = {}
+_DEVICES: dict[tuple[str, str, tuple[tuple[str, Any], ...]], Device] = {}
 """Built once in a process: a node that keeps one at work does not load its data anew for each message."""
 
 
-def device_of(scenario: Path, node: dict[str, Any]) -> Device:
-    """The device of a node, by the text of its scenario and its configuration."""
-    which = scenario.read_text(encoding="utf-8"), tuple(sorted(node.items()))
+def device_of(scenario: Path, node: dict[str, Any], encoding: str) -> Device:
+    """The device of a node, by the text of its scenario, its configuration, and what the server said of the data's encoding."""
+    which = scenario.read_text(encoding="utf-8"), encoding, tuple(sorted(node.items()))
     if which not in _DEVICES:
         _DEVICES.clear()
-        _DEVICES[which] = Device.of(load(scenario)[0], node)
+        _DEVICES[which] = Device.of(load(scenario)[0], node, Encoding.read(encoding) if encoding else None)
         keep_loaded()
     return _DEVICES[which]
 
 
-def client_app(scenario: Path, device_of: Callable[[Path, dict[str, Any]], Device] = device_of) -> ClientApp:
+def client_app(scenario: Path, device_of: Callable[[Path, dict[str, Any], str], Device] = device_of) -> ClientApp:
     """The `ClientApp` of a scenario; `device_of` says what a node has in memory."""
     app = ClientApp()
 
     def action(kind: str) -> tuple[Any, ...]:
         return tuple(kind.split(".")[1:])
 
+    def device(context: Context) -> Device:
+        told = context.state.get(ENCODING)
+        return device_of(scenario, context.node_config, str(told["text"]) if isinstance(told, ConfigRecord) else "")
+
     @app.query(*action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
-        return Message(device_of(scenario, context.node_config).describe().records(), reply_to=message)
+        if ENCODING in message.content:
+            context.state[ENCODING] = message.content[ENCODING]
+        return Message(device(context).describe().records(), reply_to=message)
 
     def train(message: Message, context: Context) -> Message:
-        device, store = device_of(scenario, context.node_config), _store(context)
-        return Message(device.train(Order.of(message.content), store).records(), reply_to=message)
+        return Message(device(context).train(Order.of(message.content), _store(context)).records(), reply_to=message)
 
     app.train(*action(TRAIN))(train)
     app.train(*action(CALIBRATE))(train)
 
     @app.evaluate(*action(EVALUATE))
     def evaluate(message: Message, context: Context) -> Message:
-        device, store = device_of(scenario, context.node_config), _store(context)
-        return Message(device.evaluate(Order.of(message.content), store).records(), reply_to=message)
+        return Message(device(context).evaluate(Order.of(message.content), _store(context)).records(), reply_to=message)
 
     return app
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.data import Lists, Source
+from fedsim.data import Lists, Source, count_steps
+from fedsim.data.encoding import Adopting, Encoding
 from fedsim.data.flower_partition import Iid
 from fedsim.entropy import SYSTEM
 from fedsim.errors import FedsimError, ScenarioError
@@ -56,8 +57,8 @@ class Device:
     _trainers: dict[int, Trainer] = field(default_factory=dict)
 
     @staticmethod
-    def of(scenario: Scenario, node: dict[str, Any]) -> Device:
-        """The device that a `--node-config` describes."""
+    def of(scenario: Scenario, node: dict[str, Any], encoding: Encoding | None = None) -> Device:
+        """The device that a `--node-config` describes. Data of its own are read in the `encoding` of the scenario's."""
         torch.set_num_threads(scenario.engine.threads)
         if "data" not in node:
             world = build(scenario)
@@ -68,7 +69,10 @@ class Device:
         held = held_by(node, scenario.data.clients)
         if len(held) != 1:
             raise FedsimError("a node with data of its own holds one client; give it num-partitions = the number of clients")
-        mine = replace(scenario.data, source=own_source(scenario.data.source, str(node["data"])), partition=Iid(), clients=1, proxy=None)
+        _check_account(scenario)
+        source = own_source(scenario.data.source, str(node["data"]))
+        source = source if encoding is None else Adopting(source, encoding)
+        mine = replace(scenario.data, source=source, partition=Iid(), clients=1, proxy=None)
         world = build(replace(scenario, data=mine, fleet=Fleet(), pace=Sync(), evaluate=Evaluate()))
         return Device(scenario, _protected(_as_client(world, int(held[0]), scenario.data.clients)), held, True, scenario.data.clients)
 
@@ -160,9 +164,15 @@ class Device:
         return ids, reply
 
     def _memory(self, order: Order, client: int, blank: Any, store: Store) -> Any:
-        """What one client remembers."""
-        name = f"memory.{order.phase}.{client}"
-        return wire.read(wire.unpack(store[name]), blank) if name in store else blank
+        """What one client remembers: since it last took part, or what it kept of the model in the phases before."""
+        if (name := f"memory.{order.phase}.{client}") in store:
+            return wire.read(wire.unpack(store[name]), blank)
+        stages, phase = self.world.ledger.stages, order.phase
+        while isinstance(blank, Params) and phase and stages[phase].strategy.keeps and stages[phase - 1].strategy.keeps:
+            phase -= 1
+            if (name := f"memory.{phase}.{client}") in store:
+                return blank | Params(wire.unpack(store[name])).to(self.world.device)
+        return blank
 
 
 LACKS_FROZEN = "this node lacks the model of the phase before"
@@ -184,6 +194,23 @@ def own_source(source: Source, text: str) -> Source:
         like = f"a scenario whose own data.source is a {path.suffix or 'file'} says how to read it"
         raise FedsimError(f'--node-config data="{text}": read are {", ".join(kinds)} and module:function; {like}')
     return restore(Source, {"name": kinds[path.suffix], "path": str(path)})
+
+
+def _check_account(scenario: Scenario) -> None:
+    """Raise where the privacy account needs the number of examples, of which it knows the scenario's, and a node brings others."""
+    programs = [stage.strategy.local for stage in scenario.stages() if stage.strategy.local.protects() is not None]
+    if not programs:
+        return
+    if scenario.privacy.target_epsilon is not None or scenario.privacy.delta is None:
+        open_ = "delta" if scenario.privacy.delta is None else "target_epsilon"
+        fix = "set it" if open_ == "delta" else "give the `noise` itself, and a budget"
+        raise ScenarioError(f"privacy.{open_}", f"follows from the scenario's own examples, and a node brings others; {fix}")
+    sizes = np.array([1, 1000, 1_000_000])
+    for program in programs:
+        rates, steps = program.chances(sizes), count_steps(program, sizes)
+        if rates is None or np.ptp(rates) or np.ptp(steps):
+            name = program.registered_name
+            raise ScenarioError("strategy.local", f"what {name} costs a node depends on how many examples it has; give `rate` and `steps`")
 
 
 def _protected(world: World) -> World:

@@ -25,6 +25,9 @@ ARRAYS, CONFIG, METRICS, FROZEN = "arrays", "config", "metrics", "frozen"
 TRAIN, EVALUATE, DESCRIBE = "train", "evaluate", "query.describe"
 """Flower's types of messages."""
 
+ENCODING = "encoding"
+"""The record in which a node is told how the scenario's data are encoded, and in which it keeps that."""
+
 CALIBRATE = "train.calibrate"
 """An order whose program reads what a client holds back for calibration."""
 

@@ -220,7 +220,9 @@ class FlowerPort(RunPort):
 
     def continue_time(self, before: FlowerPort) -> None:
         """Take up time and availability where the port of an earlier phase left them."""
-        self._t, self._fleet, self._began = before._t, before._fleet, before._began
+        self._t, self._began = before._t, before._began
+        if self._participation == before._participation:
+            self._fleet = before._fleet
 
     def save(self) -> dict[str, Any]:
         """Time, and who may be asked next. What is under way is not kept: Flower gives a run that goes on another number."""

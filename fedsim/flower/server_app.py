@@ -85,7 +85,7 @@ class Deployed(Runtime):
     def port(self, number: int, stage: Phase, problem: Problem, first: Params, before: Any) -> RunPort:
         port = FlowerPort(
             nodes=self.nodes,
-            participation=self.scenario.fleet.participation,
+            participation=self.scenario.fleet_of(stage).participation,
             labels=self.world.labels,
             strategy=stage.strategy,
             problem=problem,

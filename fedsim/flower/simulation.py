@@ -45,7 +45,7 @@ _WORLDS: dict[str, tuple[World, dict[int, Device]]] = {}
 """Of the scenario at hand, once in each of Ray's processes: its data, and the nodes that have worked here."""
 
 
-def simulated_device(scenario: Path, node: dict[str, Any]) -> Device:
+def simulated_device(scenario: Path, node: dict[str, Any], encoding: str = "") -> Device:
     """The device of a node, whose data are resident in this process."""
     text = scenario.read_text(encoding="utf-8")
     if text not in _WORLDS:
