@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fedsim import __version__
 from fedsim.document import write
 from fedsim.errors import FedsimError
 from fedsim.flower import SUPPORTED
@@ -37,7 +38,7 @@ name = "{name}"
 version = "1.0.0"
 description = "{title}, a fedsim scenario"
 license = "Apache-2.0"
-dependencies = ["flwr>={low},<{high}", "fedsim"]
+dependencies = ["flwr>={low},<{high}"]  # and fedsim {version}, which each machine has already: see README.md
 
 [tool.hatch.build.targets.wheel]
 packages = ["{package}"]
@@ -57,8 +58,15 @@ clientapp = "{package}.app:client"
 _README = """\
 # {title} on devices
 
-A Flower app, made by `fedsim deploy`. `{package}/scenario.yaml` says what runs. Every machine needs `pip install fedsim`, which brings
-Flower, and `export FLWR_TELEMETRY_ENABLED=0`, which keeps Flower from reporting its use.
+A Flower app, made by `fedsim deploy`. `{package}/scenario.yaml` says what runs. Every machine needs fedsim {version}, which brings Flower.
+Build a wheel in a checkout of its source, and install that (PyPI's package of the name fedsim is another project):
+
+```sh
+pip wheel --no-deps --wheel-dir . /path/of/the/checkout
+pip install fedsim-{version}-py3-none-any.whl
+```
+
+`export FLWR_TELEMETRY_ENABLED=0` keeps Flower from reporting its use.
 
 All of it on this machine, with a SuperLink, three SuperNodes, TLS and authenticated nodes:
 
@@ -124,6 +132,9 @@ python -m fedsim.flower.node --root-certificates ca.crt --superlink server.examp
 | `clients="0,4,7"` | these |
 | `partition-id=0 data="/path/of/mine.npz"` | client 0, with its own data: a file, or `module:function` giving a `fedsim.data.Dataset` |
 
+A device's own data must mean the same as the scenario's: classes are matched by name, and a device whose classes, columns or tokens are
+not the scenario's is left alone, with the reason in the run's output. A CSV table is standardised by its own rows.
+
 ## Run
 
 ```sh
@@ -151,7 +162,15 @@ def write_app(scenario: Scenario, folder: Path) -> Path:
     name = "".join(c if c.isascii() and c.isalnum() else "-" for c in scenario.name.lower()).strip("-") or "scenario"
     config = "\n".join(f"{f.name} = {_toml(f.default)}" for f in fields(Settings))
     title = " ".join(scenario.name.replace('"', "'").replace("\\", "/").split())
-    said: dict[str, Any] = {"name": name, "title": title, "package": PACKAGE, "low": low, "high": high, "config": config}
+    said: dict[str, Any] = {
+        "name": name,
+        "title": title,
+        "package": PACKAGE,
+        "low": low,
+        "high": high,
+        "config": config,
+        "version": __version__,
+    }
     package = folder / PACKAGE
     package.mkdir()
     (folder / "pyproject.toml").write_text(_PROJECT.format(**said), encoding="utf-8")

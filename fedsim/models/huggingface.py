@@ -1,4 +1,4 @@
-"""F3. Transformers of the Hugging Face library, and PEFT's adapters on them. Needs `pip install 'fedsim[peft]'`.
+"""F3. Transformers of the Hugging Face library, and PEFT's adapters on them. Needs `pip install '.[peft]'`.
 
 Attention is `eager`, because fused kernels have no batching rule over clients and examples, and dropout is off, because it is drawn inside
 of functions where no key reaches. Weights are read from safetensors; nothing is unpickled and no code of a repository is run.
@@ -164,4 +164,4 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ScenarioError("model", f"needs the library '{name.split('.')[0]}' ({error}); pip install 'fedsim[peft]'") from error
+        raise ScenarioError("model", f"needs the library '{name.split('.')[0]}' ({error}); pip install peft transformers") from error
