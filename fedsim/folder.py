@@ -75,15 +75,15 @@ class Folder:
         """Keep other processes from writing here; the lock ends with this process, however it ends."""
         import fcntl
 
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until `unlock`)
         for _ in range(10):  # `fedsim watch` holds it for an instant, to see whether anyone does
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                time.sleep(0.02)
-        self._lock.close()
-        self._lock = None
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until `unlock`)
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock.fileno()).st_ino == (self.path / ".lock").stat().st_ino:  # else who had it has just taken it away
+                    self._lock = lock
+                    return
+            lock.close()
+            time.sleep(0.02)
         raise FedsimError(f"{self.path}: another process is running in this folder")
 
     def write_scenario(self, values: dict[str, Any]) -> None:
@@ -192,8 +192,8 @@ class Folder:
     def unlock(self) -> None:
         """Let others in again."""
         if self._lock is not None:
-            self._lock.close()
             (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:

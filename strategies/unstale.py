@@ -197,7 +197,7 @@ class Unstale(Wrapper):
         )
         payload = put(updates.payload, where, gamma * estimate + (1 - gamma) * old)
         started = put(updates.started, where, message) if self.inner.recalls else updates.started
-        return Updates(arrivals, payload, started), kept, effort
+        return replace(updates, arrivals=arrivals, payload=payload, started=started), kept, effort
 
     def first(self, problem: Problem, state: Unstaling, ids: Tensor, key: Key) -> Guess:
         """Where each search begins: at random, or at what the last one found."""

@@ -29,7 +29,7 @@ from fedsim.sim.cohort import Trainer, choose_mode
 from fedsim.sim.executor import Inline, Patience
 from fedsim.sim.pool import RayPool
 from fedsim.sim.port import SimPort, default_chunk
-from fedsim.tree import dump
+from fedsim.tree import dump, tree_leaves
 from fedsim.world import build
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
@@ -296,6 +296,26 @@ def test_a_program_that_raises_is_named_with_round_and_clients():
     strategy = replace(scenario.strategy, local=Broken(fail=True))
     with pytest.raises(ClientError, match=r"Broken failed in round 1, among clients \d+, \d+: ValueError: out of cheese"):
         next(iter(states(world, Inline(trainer_of(world)), 1, strategy)))
+
+
+class Spying(Inline):
+    """Remembers the replies."""
+
+    def map(self, method, shared, items):
+        self.replies = super().map(method, shared, items)
+        return self.replies
+
+
+def test_sums_of_convolutions_lie_in_memory_as_those_that_come_from_a_worker():
+    """Else a norm on the server would be added up in another order."""
+    scenario = quickstart(*CONVOLUTIONAL)
+    world = build(scenario)
+    spying = Spying(trainer_of(world))
+    next(iter(states(world, spying, 1, scenario.strategy)))
+    assert spying.mode == "loop"
+    leaves = tree_leaves([reply.total for reply in spying.replies])
+    assert any(leaf.ndim == 4 for leaf in leaves)
+    assert all(leaf.is_contiguous() for leaf in leaves)
 
 
 def test_a_round_without_participants_leaves_the_model_alone_and_counts():

@@ -73,7 +73,8 @@ def late(count: int = 3, staleness=(0, 4, 0)) -> tuple[Any, Params, Params, Upda
     q = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.6, 0.3, 0.1]]).double()[:count]
     began = [old if late else w for late in staleness]
     changes = tree.stack([one_example(*each) for each in zip(began, x, q, strict=True)])
-    return problem.at(7), old, w, Updates(arrivals(list(range(count)), list(staleness)), changes, tree.stack(began)), x, q
+    metrics = {"loss": (torch.arange(count).double(), torch.ones(count).double())}
+    return problem.at(7), old, w, Updates(arrivals(list(range(count)), list(staleness)), changes, tree.stack(began), metrics), x, q
 
 
 def unstale(inner: Strategy | None = None, **fields: Any) -> Unstale:
@@ -99,6 +100,7 @@ def test_a_stale_update_becomes_what_the_client_would_do_now(renewed):
         assert torch.equal(seen.payload[name][[0, 2]], updates.payload[name][[0, 2]])
         assert (updates.payload[name][1] - truth[name]).abs().max() > 0.04  # eight times that
         assert torch.equal(seen.started[name][1], w[name])
+    assert seen.metrics == updates.metrics
     assert seen.arrivals.staleness.tolist() == [0, 0, 0]
     assert seen.arrivals.version.tolist() == [7, 7, 7]
     assert after.told["inverted"] == 1

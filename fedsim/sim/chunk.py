@@ -104,7 +104,7 @@ class Replies:
 
     def take(self, c: int, reply: Reply) -> None:
         self.payload_bytes = nbytes(reply.payload)
-        reply = tree_map(lambda leaf: leaf[None], reply)
+        reply = tree_map(lambda leaf: leaf[None].contiguous(), reply)  # as it comes from a worker: sums read it in that order
         payload, why = _arrived(reply.payload, self.chunk.harm and self.chunk.harm.take([c]))
         if why:
             self.refusals[c] = why[0]
