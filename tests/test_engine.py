@@ -235,6 +235,20 @@ def test_a_pool_leaves_no_process_and_no_file_behind(monkeypatch):
     assert [folder.exists() for folder in made] == [False]
 
 
+def test_workers_share_one_copy_of_the_data():
+    import ray
+    from ray._private.internal_api import node_stats
+
+    x = torch.zeros((32, 1 << 18))  # 32 MiB
+    pool = RayPool(replace(trainer_of(build(quickstart(*DENSE))), x=x), workers=2)
+    try:
+        node = ray.nodes()[0]
+        used = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats.object_store_bytes_used
+    finally:
+        pool.close()
+    assert x.nbytes <= used < 1.5 * x.nbytes
+
+
 def test_a_cluster_that_is_not_there_is_said_so():
     world = build(quickstart(*DENSE))
     with pytest.raises(FedsimError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:1"):

@@ -61,16 +61,18 @@ def _to_torch(vector: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 class Worker:
-    """A Ray actor: a `Trainer` over data that it shares with its neighbours."""
+    """A Ray actor: a `Trainer` over data that it shares with its neighbours.
 
-    def __init__(self, trainer: Trainer, data: list[Packed], device: str, threads: int, precision: Precision):
+    `data` are references to `Packed` in the object store. Had Ray resolved them, each worker would have got a copy of its own.
+    """
+
+    def __init__(self, trainer: Trainer, data: list[Any], device: str, threads: int, precision: Precision):
+        import ray
+
         settle(device, precision)
         torch.set_num_threads(threads)
         self.device = device
-        self._trainer = _with_data(trainer, [_resident(part, device) for part in data])
-
-    def ready(self) -> bool:
-        return True
+        self._trainer = _with_data(trainer, [_resident(part, device) for part in ray.get(data)])
 
     def freeze(self, frozen: Packed) -> None:
         self._trainer = self._trainer.freeze(frozen.tree(self.device))
@@ -89,6 +91,10 @@ def _resident(packed: Packed, device: str) -> Tensor:
 BRIEF = 1.0
 """Seconds of an item below which a worker has its next one at hand already: the way to a worker and back takes up to ten milliseconds.
 Longer items are handed out one by one, so that none waits for a slow worker while another is free."""
+
+
+MESSAGES = 512 << 20
+"""Bytes of the object store beside the data: messages and replies that are under way."""
 
 
 class Cluster:
@@ -151,12 +157,11 @@ class RayPool(Executor):
         self._arguments = (ray.put(_with_data(trainer, [])), [ray.put(Packed.of(part)) for part in data], device, threads, precision)
         self._frozen = ray.put(Packed.of(None))
         self._actors = [self._spawn() for _ in range(workers)]
-        ray.get([actor.ready.remote() for actor in self._actors])
+        self.freeze(None)
         self._seconds: dict[str, float] = {}  # what an item of each method took last
 
     def _spawn(self) -> Any:
-        trainer, data, *settings = self._arguments
-        actor = self._actor.remote(trainer, self._ray.get(data), *settings)
+        actor = self._actor.remote(*self._arguments)
         actor.freeze.remote(self._frozen)
         return actor
 
@@ -212,7 +217,7 @@ class RayPool(Executor):
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor], no_restart=True)
         self._actors[actor] = self._spawn()
-        self._ray.get(self._actors[actor].ready.remote())  # starting up is not part of the next item's time
+        self._ray.get(self._actors[actor].freeze.remote(self._frozen))  # starting up is not part of the next item's time
 
     def freeze(self, frozen: Params | None) -> None:
         self._frozen = self._ray.put(Packed.of(frozen))
@@ -247,7 +252,7 @@ def _start_ray(cpus: int, data_bytes: int, address: str | None, folder: str | No
             _reachable(address)
             ray.init(address=address, **quiet)
         else:
-            store = 2 * data_bytes + (512 << 20)
+            store = data_bytes + MESSAGES
             ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, _temp_dir=folder, **quiet)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         where = f"join the Ray cluster at {address}" if address else "start Ray"
