@@ -103,7 +103,7 @@ MESSAGES = 512 << 20
 STARTING = 600.0
 """Seconds in which at least one of the workers that are waited for has to be ready. An autoscaler takes minutes to add a node."""
 
-LATE = 30.0
+LATE = 60.0
 """Seconds after which we say that workers on a cluster that we joined are waited for: it may be full, or too small."""
 
 
@@ -340,8 +340,9 @@ def _start_ray(cpus: int, data_bytes: int, address: str | None, folder: str | No
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         where = f"join the Ray cluster at {address}" if address else "start Ray"
         raise FedsimError(f"cannot {where}: {_brief(error)}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own there, which ends the process on the spot
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own there, which ends the process on the spot
     return ray
 
 
