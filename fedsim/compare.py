@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from fedsim.grid import Cell, Choices, Plan
 from fedsim.manifest import environment
 from fedsim.registry import dump
 from fedsim.results import higher_is_better, read_run
-from fedsim.scenario import Scenario, dump_scenario
+from fedsim.scenario import Engine, Scenario, dump_scenario
 from fedsim.session import explain, warn_of_changes
 from fedsim.sim.executor import Executor
 from fedsim.sim.pool import Cluster
@@ -117,7 +117,7 @@ def _run_all(cells: list[Cell], path: Path, resident: _Resident, tuning: bool) -
             yield event
             continue
         try:
-            later = [c.scenario for c in cells[number - 1 :]]
+            later = [c.scenario for c in cells[number - 1 :] if not Folder(path / c.place).finished]
             for row in _run(cell.scenario, folder, resident, later):
                 yield replace(event, status="running", row=row)
         except Exception as error:  # whatever a strategy or a data set raises: the other cells are worth having
@@ -167,13 +167,17 @@ def _essence(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Resident:
-    """The world and the workers of the cell at hand; both are kept while the next cell has the same data, model, seed and engine."""
+    """The world and the workers of the cell at hand; both are kept while the next cell has the same data, model, seed and engine.
+
+    How many workers `auto` means is decided by the first of such cells, for all of them.
+    """
 
     def __init__(self) -> None:
         self._key: Any = None
         self._world: World | None = None
-        self._engine: Any = None
+        self._engine: Engine | None = None
         self._executor: Executor | None = None
+        self._workers = 0
         self._cluster = Cluster()
 
     def prepare(self, scenario: Scenario, later: list[Scenario]) -> tuple[World, Executor]:
@@ -182,21 +186,24 @@ class _Resident:
         if key != self._key or self._world is None:
             self.drop()
             self._key, self._world = key, build(scenario)
-        alike = sum(1 for other in later if _world_key(other) == key)
-        world = adapt(self._world, scenario)
-        world = replace(world, seconds=world.seconds * alike)  # workers that start once serve them all
-        engine = (world.workers, dump(scenario.engine))
-        if self._executor is None or engine[1] != self._engine[1]:
-            if self._executor is not None:
-                self._executor.close()
-            self._engine, self._executor = engine, open_executor(scenario, world, self._cluster)
-        return world, self._executor
+        alike = takewhile(lambda other: other.engine == scenario.engine and _world_key(other) == key, later)
+        world = adapt(self._world, scenario, len(list(alike)))
+        if scenario.engine != self._engine:
+            self._dismiss()
+        if self._executor is None:
+            self._engine, self._workers = scenario.engine, world.workers
+            self._executor = open_executor(scenario, world, self._cluster)
+        return replace(world, workers=self._workers), self._executor
 
     def drop(self) -> None:
         """Give back workers and data; a Ray that was started stays."""
+        self._dismiss()
+        self._world = self._key = None
+
+    def _dismiss(self) -> None:
         if self._executor is not None:
             self._executor.close()
-        self._executor = self._world = self._key = None
+        self._executor = None
 
     def close(self) -> None:
         """Give everything back."""
@@ -206,7 +213,7 @@ class _Resident:
 
 def _world_key(scenario: Scenario) -> Any:
     engine = scenario.engine
-    return scenario.seed, dump(scenario.data), dump(scenario.model), engine.device, engine.dtype, engine.mode
+    return scenario.seed, dump(scenario.data), dump(scenario.model), engine.device, engine.dtype, engine.precision, engine.mode
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,11 @@ def build(scenario: Scenario) -> World:
     return adapt(World(data, labels, problem, whole, whole, ledger, adapter, mode), scenario)
 
 
-def adapt(world: World, scenario: Scenario) -> World:
-    """The world of a scenario that has the same data, model, seed and engine as this one's: nothing is loaded again."""
+def adapt(world: World, scenario: Scenario, runs: int = 1) -> World:
+    """The world of a scenario that has the same data, model, seed and engine as this one's: nothing is loaded again.
+
+    `runs`: how many are to come in this world, this one among them. Workers that start once serve them all.
+    """
     rates = _rates(scenario, world.data.clients, world.labels)
     ledger = open_ledger(scenario, world.data.train.sizes)
     for i, stage in enumerate(ledger.stages):
@@ -167,7 +170,7 @@ def adapt(world: World, scenario: Scenario) -> World:
     frozen, w = world.enter(ledger.stages[0], None)
     world = replace(world, problem=replace(world.problem, rates=rates, frozen=frozen), ledger=ledger, w=w)
     world = replace(world, seconds=_estimate(scenario, world))
-    return replace(world, workers=_count_workers(scenario, world))
+    return replace(world, workers=_count_workers(scenario, world, runs))
 
 
 def _check_owned(world: World, stages: tuple[Phase, ...], where: str) -> None:
@@ -184,12 +187,12 @@ def _check_owned(world: World, stages: tuple[Phase, ...], where: str) -> None:
         raise ScenarioError(f"{where}.own", f"leaves out {lost[0]}, which clients keep from the phase before; let it cover that")
 
 
-def _count_workers(scenario: Scenario, world: World) -> int:
+def _count_workers(scenario: Scenario, world: World, runs: int) -> int:
     """How many Ray workers `auto` means: none for little work, else as many as there are cores (or GPUs) and memory for."""
     engine = scenario.engine
     if engine.workers != "auto":
         return engine.workers
-    if world.seconds <= LONG:
+    if world.seconds * runs <= LONG:
         return 0
     each = WORKER + _chunk_bytes(scenario, world)
     if world.device == "cuda":

@@ -1,16 +1,19 @@
 """Studies: what is refused, what is paired, what is kept, what goes on after a crash, and what is called a difference."""
 
 import json
+import os
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command import Command, finished, wait_until
 from typer.testing import CliRunner, Result
 
+from fedsim import experiment, world
 from fedsim.bundle import bundled_studies
 from fedsim.cli import app
 from fedsim.compare import Event, compare
@@ -22,7 +25,8 @@ from fedsim.report import tables, write_report
 from fedsim.report.comparison import Comparison, check_pairing
 from fedsim.report.study_page import verdict
 from fedsim.results import StudyResults, read_run, read_study
-from fedsim.scenario import dump_scenario
+from fedsim.scenario import Scenario, dump_scenario
+from fedsim.sim.executor import Executor
 
 BASE = """\
 study: small
@@ -265,6 +269,33 @@ def test_killed_twice_then_the_same_bytes_in_tables(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     for log in folder.rglob("metrics.jsonl"):
         assert log.read_bytes() == (tmp_path / "straight" / log.relative_to(folder)).read_bytes()
+
+
+def test_a_cell_of_another_precision_is_not_run_at_that_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[str] = []
+    monkeypatch.setattr(world, "settle", lambda device, precision: settled.append(precision))
+    text = BASE + "strategies: {fedavg: fedavg}\nseeds: 1\nset: {rounds: 1}\nover: {engine.precision: [highest, high]}\n"
+    assert [e.status for e in run(plan_of(tmp_path, text), tmp_path / "study")] == ["done"] * 2
+    assert settled == ["highest", "high"]
+
+
+def test_workers_that_serve_several_cells_are_worth_it_sooner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def open_here(scenario: Scenario, world: world.World, _: object) -> Executor:
+        opened.append(world.workers)
+        return experiment.open_executor(scenario, replace(world, workers=0))
+
+    monkeypatch.setattr("fedsim.compare.open_executor", open_here)
+    monkeypatch.setattr(world, "_estimate", lambda *_: world.LONG / 2.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    run(plan_of(tmp_path), tmp_path / "study")
+    assert opened == [8, 8], "three strategies under each seed"
+    assert {c.run.manifest["engine"]["workers"] for c in read_study(tmp_path / "study").cells if c.run} == {8}
+    (tmp_path / "study" / "scaffold" / "seed-1" / "model.safetensors").unlink()
+    run(plan_of(tmp_path), tmp_path / "study")
+    assert opened == [8, 8, 0], "one is left"
 
 
 def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from fedsim.folder import Folder
 from fedsim.local import Sgd
 from fedsim.pace import Sync
 from fedsim.scenario import Scenario, load
+from fedsim.sim import pool as pools
 from fedsim.sim.cohort import Trainer, choose_mode
 from fedsim.sim.executor import Inline, Patience
-from fedsim.sim.pool import RayPool
+from fedsim.sim.pool import Cluster, RayPool
 from fedsim.sim.port import SimPort, default_chunk
 from fedsim.tree import dump, tree_leaves
 from fedsim.world import build
@@ -99,6 +100,14 @@ def test_a_killed_worker_changes_nothing():
 
         last = list(states(world, pool, 4, scenario.strategy, interrupt=kill))[-1].state
         assert victims[0] not in pool.pids
+        victims.append(pool.pids[1])
+        os.kill(victims[1], signal.SIGKILL)
+        while Path(f"/proc/{victims[1]}").exists() and "\nState:\tZ" not in Path(f"/proc/{victims[1]}/status").read_text():
+            time.sleep(0.01)
+        pool.freeze(world.w)  # a phase begins: nobody had an item then
+        assert not set(victims) & set(pool.pids)
+        frozen = [actor.__ray_call__.remote(lambda worker: worker._trainer.problem.frozen) for actor in pool._actors.values()]
+        assert all(w is not None and w.keys() == world.w.keys() for w in pool._ray.get(frozen))
     finally:
         pool.close()
     (xs, _), (ys, _) = dump(last), dump(expected)
@@ -182,9 +191,13 @@ def test_a_program_that_raises_on_a_worker_ends_the_run_or_loses_its_clients():
             next(iter(states(world, pool, 1, broken, chunk=8)))
         pool._patience = Patience(retries=0, lose=True)
         on_ray = next(iter(states(world, pool, 1, broken, chunk=8)))
+        inline = Inline(trainer_of(world), patience=Patience(lose=True))
+        for executor in (pool, inline):  # what is no client's training is never lost
+            with pytest.raises(ClientError, match=r"^evaluation on clients' test data failed: IndexError: "):
+                executor.map("score", world.w, [np.array([1 << 40])])
     finally:
         pool.close()
-    here = next(iter(states(world, Inline(trainer_of(world), patience=Patience(lose=True)), 1, broken, chunk=8)))
+    here = next(iter(states(world, inline, 1, broken, chunk=8)))
     for round in (on_ray, here):
         assert round.received.arrivals is None
         assert round.state.w is world.w
@@ -194,6 +207,7 @@ def test_a_program_that_raises_on_a_worker_ends_the_run_or_loses_its_clients():
     assert on_ray.received.lost.keys() == here.received.lost.keys()
 
 
+@pytest.mark.filterwarnings("ignore:.* workers do not start")  # in time, on a busy machine
 def test_two_raylets_give_the_same_bits_and_nothing_is_left_behind():
     from ray.cluster_utils import Cluster
 
@@ -219,20 +233,108 @@ def test_two_raylets_give_the_same_bits_and_nothing_is_left_behind():
     assert all(torch.equal(last.w[name], expected.w[name]) for name in expected.w)
 
 
-def test_a_pool_leaves_no_process_and_no_file_behind(monkeypatch):
-    made: list[Path] = []  # other runs on this machine make folders, too
+@pytest.fixture
+def made(monkeypatch) -> list[Path]:
+    """The folders that a test makes for Ray; other runs on this machine make some, too."""
+    folders: list[Path] = []
     make = tempfile.mkdtemp
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda **more: made.append(Path(make(**more))) or str(made[-1]))
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **more: folders.append(Path(make(**more))) or str(folders[-1]))
+    return folders
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_pool_leaves_no_process_no_file_and_no_setting_behind(made, three_threads):
     world = build(quickstart(*DENSE))
     pool = RayPool(trainer_of(world), workers=2)
     pids = pool.pids
+    assert torch.get_num_threads() == 1
     assert [folder.exists() for folder in made] == [True]
     pool.close()
+    assert torch.get_num_threads() == 3
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()]
     assert [folder.exists() for folder in made] == [False]
+
+
+class Sealed:
+    """What travels, but cannot be opened."""
+
+    def __reduce__(self):
+        return int, ("seven",)
+
+
+def test_nor_does_one_that_could_not_start(made, three_threads, monkeypatch):
+    trainer = trainer_of(build(quickstart(*DENSE)))
+    with pytest.raises(FedsimError, match=r"^a worker did not start: ValueError: invalid literal for int"):
+        RayPool(replace(trainer, problem=Sealed()), workers=1)
+
+    def refuse(*_):
+        raise FedsimError("no Ray today")
+
+    monkeypatch.setattr(pools, "_start_ray", refuse)
+    with pytest.raises(FedsimError, match="no Ray today"):
+        RayPool(trainer, workers=1)
+    assert [folder.exists() for folder in made] == [False, False]
+    assert torch.get_num_threads() == 3
+
+
+def test_a_ray_that_is_too_small_for_the_next_pool_starts_anew(made):
+    cluster = Cluster()
+    try:
+        assert cluster.start(1, 0, None).cluster_resources()["CPU"] == 1
+        assert cluster.start(2, 1 << 20, None).cluster_resources()["CPU"] == 2
+        assert cluster.start(1, 1 << 20, None).cluster_resources()["CPU"] == 2
+        assert [folder.exists() for folder in made] == [False, True]
+        cluster.start(1, 2 << 20, None)
+        assert [folder.exists() for folder in made] == [False, False, True]
+    finally:
+        cluster.close()
+    assert not any(folder.exists() for folder in made)
+
+
+def test_workers_for_which_a_cluster_has_no_room_are_not_waited_for_without_end(monkeypatch):
+    from ray.cluster_utils import Cluster as Raylets
+
+    monkeypatch.setattr(pools, "LATE", 1.0)
+    monkeypatch.setattr(pools, "STARTING", 2.0)
+    trainer = trainer_of(build(quickstart(*DENSE)))
+    raylets = Raylets(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    shortage = r"workers do not start: each takes 2 CPUs, and the Ray cluster at .* has 1, of which 1 are free; lower engine.workers or"
+    try:
+        with pytest.warns(RuntimeWarning, match=shortage), pytest.raises(FedsimError, match=f"^2 of 2 {shortage}.*, or add nodes$"):
+            RayPool(trainer, workers=2, threads=2, address=raylets.address)
+    finally:
+        raylets.shutdown()
+
+
+def test_a_gpu_has_room_for_every_worker_that_shares_it():
+    for cards, workers in itertools.product(range(1, 9), range(1, 33)):
+        each = pools._share(cards, workers)
+        assert 0 < each <= 1
+        assert cards * int(1 / each + 1e-9) >= workers
+
+
+def test_workers_share_one_copy_of_the_data():
+    import ray
+    from ray._private.internal_api import node_stats
+
+    x = torch.zeros((32, 1 << 18))  # 32 MiB
+    pool = RayPool(replace(trainer_of(build(quickstart(*DENSE))), x=x), workers=2)
+    try:
+        node = ray.nodes()[0]
+        used = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats.object_store_bytes_used
+    finally:
+        pool.close()
+    assert x.nbytes <= used < 1.5 * x.nbytes
 
 
 def test_a_cluster_that_is_not_there_is_said_so():

@@ -27,15 +27,36 @@ class Patience:
     Attributes:
         retries: how often an item is handed to another worker after its worker died, hung or raised.
         timeout: seconds after which a worker that is still busy with an item counts as hung; None = never.
-        lose: give a `Failure` for an item that failed too often, instead of raising.
+        lose: give a `Failure` for clients whose training failed too often, instead of raising. Other work always raises.
     """
 
     retries: int = 3
     timeout: float | None = None
     lose: bool = False
 
+    def loses(self, method: str) -> bool:
+        """Whether an item of this method may be lost."""
+        return self.lose and method == "train"
+
 
 PATIENT = Patience()
+
+WORK = {
+    "train": "training",
+    "payload_bytes": "finding out what an update weighs",
+    "measure": "evaluation on the test set",
+    "score": "evaluation on clients' test data",
+    "outputs": "evaluation of prediction sets",
+}
+"""What the methods of a `Trainer` are for, in words."""
+
+
+def complaint(method: str, error: BaseException) -> ClientError:
+    """What was raised in a method of a `Trainer`, as a `ClientError` that says what was being done."""
+    if isinstance(error, ClientError):
+        return error
+    what = ": ".join(filter(None, (type(error).__name__, str(error))))
+    return ClientError(f"{WORK.get(method, method)} failed: {what}")
 
 
 class Executor(ABC):
@@ -46,7 +67,7 @@ class Executor(ABC):
 
     @abstractmethod
     def map(self, method: str, shared: Any, items: list[Any]) -> list[Any]:
-        """`trainer.method(shared, item)` for each item. A program that raises is a `ClientError`, or a `Failure` where that is allowed."""
+        """`trainer.method(shared, item)` for each item. What raises is a `ClientError`, or in `train` a `Failure` where that is allowed."""
 
     @abstractmethod
     def freeze(self, frozen: Params | None) -> None:
@@ -73,10 +94,13 @@ class Inline(Executor):
     def _one(self, method: str, shared: Any, item: Any) -> Any:
         try:
             return getattr(self._trainer, method)(shared, item)
-        except ClientError as error:  # no retry: the same process would fail the same way
-            if self._patience.lose:
-                return Failure(str(error))
-            raise
+        except Exception as error:  # no retry: the same process would fail the same way
+            told = complaint(method, error)
+            if self._patience.loses(method):
+                return Failure(str(told))
+            if told is error:
+                raise
+            raise told from error
 
     def freeze(self, frozen: Params | None) -> None:
         self._trainer = self._trainer.freeze(frozen)
