@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from fedsim import experiment, session
 from fedsim.errors import FedsimError
-from fedsim.flower import wire
+from fedsim.flower import nodes, wire
 from fedsim.flower.client_app import client_app
+from fedsim.flower.nodes import Nodes
 from fedsim.flower.server_app import Settings, run
 from fedsim.folder import Folder
 from fedsim.scenario import load
@@ -171,7 +172,13 @@ def test_what_is_malformed_is_counted_with_its_reason_and_the_run_goes_on(tmp_pa
     assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
 
 
-def test_nodes_come_and_go(tmp_path):
+@pytest.fixture
+def looks(monkeypatch):
+    """Nodes are looked for all the time."""
+    monkeypatch.setattr(nodes, "LOOK", 0.0)
+
+
+def test_nodes_come_and_go(tmp_path, looks):
     """Node 101 leaves in its second round; node 103 brings its clients back later."""
     path = written(tmp_path, rounds=6)
     near: list[NearGrid] = []
@@ -187,18 +194,30 @@ def test_nodes_come_and_go(tmp_path):
 
     settings = dataclasses.replace(QUICK, output=str(tmp_path / "run"))
     near.append(NearGrid(client_app(path), NODES, spoil))
-    import fedsim.flower.nodes as nodes
-
-    before, nodes.LOOK = nodes.LOOK, 0.0
-    try:
-        folder = run(path, near[0], settings)
-    finally:
-        nodes.LOOK = before
+    folder = run(path, near[0], settings)
     taken = [set(json.loads(line)["ids"]) for line in (folder.path / "clients.jsonl").read_text().splitlines()]
     absent = [not any(i % 3 == 1 for i in ids) for ids in taken]
     assert not absent[0]
     assert any(absent[1:-1])
     assert near[0].nodes[103].seen > 0
+
+
+def test_a_node_that_takes_the_place_of_another_is_asked_again_once_that_one_is_gone(tmp_path, looks):
+    """Node 103 brings the clients of node 101 while Flower still lists that one, which leaves a few looks later."""
+    near = NearGrid(client_app(written(tmp_path)), NODES)
+    there = Nodes(near, 7)
+    there.gather(3, 5.0)
+    near.nodes[103] = near.node(103, NODES[1])
+    for _ in range(4):
+        there.look()
+    assert there.here == {100, 101, 102}
+    asked = len(near.pushed)
+    there.look()
+    assert len(near.pushed) == asked  # not over and over
+    near.nodes[101].gone = True
+    there.look()
+    assert there.here == {100, 102, 103}
+    assert there.held.all()
 
 
 def test_two_nodes_cannot_hold_one_client(tmp_path, capsys):

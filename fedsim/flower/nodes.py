@@ -47,7 +47,7 @@ class Nodes:
     here: set[int] = field(default_factory=set)
     said: dict[int, Description] = field(default_factory=dict)
     _asked: dict[str, int] = field(default_factory=dict)
-    _silent: set[int] = field(default_factory=set)
+    _left_alone: dict[int, set[int]] = field(default_factory=dict)
     _said_before: set[str] = field(default_factory=set)
     _looked: float = -1e9
 
@@ -62,29 +62,31 @@ class Nodes:
             return
         self._looked = time.monotonic()
         connected = set(self.grid.get_node_ids())
-        new = connected - set(self.said) - set(self._asked.values()) - self._silent
-        asked = sorted(new)
+        self.here &= connected
+        self._left_alone = {node: holders for node, holders in self._left_alone.items() if not holders or holders & self.here}
+        asked = sorted(connected - set(self.said) - set(self._asked.values()) - set(self._left_alone))
         numbers = self.push([(node, RecordDict(), DESCRIBE) for node in asked], "0")
         self._asked |= {number: node for number, node in zip(numbers, asked, strict=True) if number is not None}
-        self.here &= connected
         for number, message in self.pull(self._asked).items():
             self._note(self._asked.pop(number), message)
         self.here = connected & set(self.said)
 
     def _note(self, node: int, message: Message) -> None:
-        """What a node says of itself. One that makes no sense, or claims clients of another, is left alone; an error may be over soon."""
+        """What a node says of itself. One that makes no sense is left alone, and one that claims clients of others until these are gone.
+
+        An error may be over soon.
+        """
         if message.has_error():
             self._say(f"a node does not say which clients it holds: {_reason(message)}")
             return
         try:
             description = Description.of(content(message), self.clients)
-            homes = {int(i): self._order[self._home[i]] for i in description.ids if self._home[i] >= 0}
-            taken = [i for i, home in homes.items() if home in self.here and home != node]
-            if taken:
-                raise Malformed(f"node claims clients {taken[:5]}, which another node holds")
         except FedsimError as error:
-            self._say(f"a node is left alone: {error}")
-            self._silent.add(node)
+            self._leave_alone(node, str(error), set())
+            return
+        homes = {int(i): self._order[self._home[i]] for i in description.ids if self._home[i] >= 0}
+        if taken := {i: home for i, home in homes.items() if home in self.here and home != node}:
+            self._leave_alone(node, f"node claims clients {[*taken][:5]}, which another node holds", set(taken.values()))
             return
         self.said[node] = description
         self.here.add(node)
@@ -92,6 +94,11 @@ class Nodes:
         ids = description.ids
         self._home[ids] = len(self._order) - 1
         self.sizes[ids], self.calibration[ids], self.tests[ids] = description.sizes, description.calibration, description.tests
+
+    def _leave_alone(self, node: int, why: str, holders: set[int]) -> None:
+        """Do not ask a node again before the `holders` of its clients are gone; without these, never."""
+        self._say(f"a node is left alone: {why}")
+        self._left_alone[node] = holders
 
     def _say(self, what: str) -> None:
         """Print something, once."""
