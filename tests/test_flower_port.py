@@ -220,6 +220,50 @@ def test_a_node_that_takes_the_place_of_another_is_asked_again_once_that_one_is_
     assert there.held.all()
 
 
+ALONE = [{"partition-id": 0, "num-partitions": 1}]
+
+
+class Deserted(NearGrid):
+    """A grid of one node that leaves in its third turn, and is back after so many looks."""
+
+    absent = 10**9
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.spoil = self.leave
+
+    def leave(self, node, turn, records):
+        if turn != 2:
+            return records
+        self.nodes[node].gone = True
+        return Error(5, "gone")
+
+    def get_node_ids(self):
+        if self.nodes[100].gone:
+            self.absent -= 1
+            self.nodes[100].gone = self.absent > 0
+        return super().get_node_ids()
+
+
+def test_without_any_node_the_run_ends_unfinished_and_goes_on_later(tmp_path, looks):
+    path = written(tmp_path, rounds=6)
+    settings = dataclasses.replace(QUICK, output=str(tmp_path / "run"), patience=0.3)
+    with pytest.raises(FedsimError, match=r"no node with data has been there for 0\.3 seconds; the run can go on"):
+        run(path, Deserted(client_app(path), ALONE), settings)
+    folder = Folder(tmp_path / "run")
+    assert rows(folder)[-1]["round"] == 3
+    assert not folder.finished
+    assert deploy(tmp_path, path, "run", ALONE, dataclasses.replace(QUICK, resume=True))[0].finished
+
+
+def test_a_round_waits_for_the_only_node(tmp_path, looks):
+    path = written(tmp_path, rounds=6)
+    grid = Deserted(client_app(path), ALONE)
+    grid.absent = 20
+    found = rows(run(path, grid, dataclasses.replace(QUICK, output=str(tmp_path / "run"))))[1:]
+    assert [row["participants"] > 0 for row in found] == [True, True, False, True, True, True]
+
+
 def test_two_nodes_cannot_hold_one_client(tmp_path, capsys):
     path = written(tmp_path, rounds=1)
     folder, _ = deploy(tmp_path, path, configs=[*NODES, {"clients": "0,1"}], settings=dataclasses.replace(QUICK, nodes=3))

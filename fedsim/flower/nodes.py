@@ -134,6 +134,18 @@ class Nodes:
         if not self.here:
             raise FedsimError(f"no node has come within {seconds:g} seconds; start SuperNodes, see the README of the app")
 
+    def await_data(self, counts: np.ndarray) -> None:
+        """Wait until a client with some of these examples, `[N]`, is held by a node. Raises after `patience` seconds."""
+        end = time.monotonic() + self.patience
+        while not (self.held & (counts > 0)).any():
+            if time.monotonic() > end:
+                raise FedsimError(
+                    f"no node with data has been there for {self.patience:g} seconds; the run can go on: start SuperNodes, "
+                    "and run it again with resume=true, or with fedsim deploy --resume"
+                )
+            time.sleep(self.poll)
+            self.look()
+
     def push(self, letters: Sequence[tuple[int, RecordDict, str]], group: str) -> list[str | None]:
         """Send messages `(node, content, kind)` in one go; their numbers, None for one that could not be sent."""
         messages = [Message(content, node, kind, group_id=group, ttl=self.patience) for node, content, kind in letters]
