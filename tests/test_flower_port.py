@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from safetensors.torch import load_file
 
 from fedsim import experiment, session
@@ -17,6 +18,7 @@ from fedsim.flower.nodes import Nodes
 from fedsim.flower.server_app import Settings, run
 from fedsim.folder import Folder
 from fedsim.scenario import load
+from fedsim.world import build
 from tests.near_grid import NearGrid
 
 SCENARIO = """\
@@ -204,8 +206,9 @@ def test_nodes_come_and_go(tmp_path, looks):
 
 def test_a_node_that_takes_the_place_of_another_is_asked_again_once_that_one_is_gone(tmp_path, looks):
     """Node 103 brings the clients of node 101 while Flower still lists that one, which leaves a few looks later."""
-    near = NearGrid(client_app(written(tmp_path)), NODES)
-    there = Nodes(near, 7)
+    path = written(tmp_path)
+    near, world = NearGrid(client_app(path), NODES), build(load(path)[0])
+    there = Nodes(near, world.data)
     there.gather(3, 5.0)
     near.nodes[103] = near.node(103, NODES[1])
     for _ in range(4):
@@ -269,6 +272,54 @@ def test_two_nodes_cannot_hold_one_client(tmp_path, capsys):
     folder, _ = deploy(tmp_path, path, configs=[*NODES, {"clients": "0,1"}], settings=dataclasses.replace(QUICK, nodes=3))
     assert "which another node holds" in capsys.readouterr().out
     assert folder.finished
+
+
+class Boasts(NearGrid):
+    """Node 101 says what `change` makes of its description."""
+
+    change: ClassVar = {}
+
+    def _answer(self, message):
+        reply = super()._answer(message)
+        if message.metadata.message_type != "query.describe" or message.metadata.dst_node_id != 101:
+            return reply
+        record = dict(reply.content["config"].items())
+        changed = {name: change(record[name]) for name, change in self.change.items()}
+        return Message(RecordDict({"config": ConfigRecord(record | changed)}), reply_to=message)
+
+
+def many(counts):
+    return [10**15] * len(counts)
+
+
+CLAIMS = {
+    "train": ({"sizes": many}, "says that client 1 has 1000000000000000 examples, where the scenario's data give it"),
+    "calibration": ({"calibration": many}, "says that client 1 has 1000000000000000 examples"),
+    "test": ({"tests": lambda counts: [n + 1 for n in counts]}, "says that client 1 has"),
+    "own": ({"sizes": many, "own": lambda own: True}, "has 1000000000000000 examples of its own; 2147483648 are the most that count"),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_a_node_that_claims_what_it_does_not_have_is_left_alone(tmp_path, capsys, case):
+    path = written(tmp_path)
+    grid, world = Boasts(client_app(path), NODES), build(load(path)[0])
+    grid.change, why = CLAIMS[case]
+    there = Nodes(grid, world.data, poll=0.001)
+    there.gather(2, 5.0)
+    there.look(now=True)
+    assert there.here == {100, 102}
+    assert there.sizes.max() < 10**6
+    assert why in capsys.readouterr().out
+
+
+def test_a_node_with_data_of_its_own_says_how_many(tmp_path):
+    path = written(tmp_path)
+    grid, world = Boasts(client_app(path), NODES), build(load(path)[0])
+    grid.change = {"sizes": lambda counts: [2**31] * len(counts), "own": lambda own: True}
+    there = Nodes(grid, world.data, poll=0.001)
+    there.gather(3, 5.0)
+    assert there.sizes[[1, 4]].tolist() == [2**31] * 2
 
 
 def test_without_nodes_it_says_what_to_do(tmp_path):

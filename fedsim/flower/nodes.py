@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedsim.data import Federation
 from fedsim.errors import FedsimError
 from fedsim.flower import wire
 from fedsim.flower.orders import DESCRIBE, Answer, Description, Order
@@ -22,6 +23,9 @@ from fedsim.flower.wire import Malformed
 LOOK = 2.0
 """Seconds between looks at which nodes are there."""
 
+
+MOST = 2**31
+"""How many examples a client with data of its own may have: nobody but its node knows, and weights follow from it."""
 
 UNREACHED = {3, 4, 5}
 """Flower's error codes for a message that reached nobody, or an answer that did not come back: the node may be gone."""
@@ -33,7 +37,7 @@ class Nodes:
 
     Attributes:
         grid: Flower's way to them.
-        clients: N, how many clients the scenario has.
+        data: the scenario's. A node that says of them what is not so is left alone.
         poll: seconds between looks for answers.
         patience: seconds after which a message without an answer counts as lost.
         here: nodes that are connected now, and have said who they are.
@@ -41,7 +45,7 @@ class Nodes:
     """
 
     grid: Grid
-    clients: int
+    data: Federation
     poll: float = 0.2
     patience: float = 600.0
     here: set[int] = field(default_factory=set)
@@ -52,6 +56,7 @@ class Nodes:
     _looked: float = -1e9
 
     def __post_init__(self) -> None:
+        self.clients = self.data.clients
         self._home = np.full(self.clients, -1, dtype=np.int64)  # which entry of `_order` holds each client
         self._order: list[int] = []
         self.sizes, self.calibration, self.tests = (np.zeros(self.clients, dtype=np.int64) for _ in range(3))
@@ -81,6 +86,7 @@ class Nodes:
             return
         try:
             description = Description.of(content(message), self.clients)
+            self._check(description)
         except FedsimError as error:
             self._leave_alone(node, str(error), set())
             return
@@ -94,6 +100,15 @@ class Nodes:
         ids = description.ids
         self._home[ids] = len(self._order) - 1
         self.sizes[ids], self.calibration[ids], self.tests[ids] = description.sizes, description.calibration, description.tests
+
+    def _check(self, said: Description) -> None:
+        """Raise where a node's clients have not the examples that it says."""
+        for count, lists in ((said.sizes, self.data.train), (said.calibration, self.data.calibration), (said.tests, self.data.client_test)):
+            if said.own and (count > MOST).any():
+                raise Malformed(f"node says that it has {count.max()} examples of its own; {MOST} are the most that count")
+            if not said.own and (wrong := count != lists.count(said.ids)).any():
+                i, n = said.ids[wrong][0], count[wrong][0]
+                raise Malformed(f"node says that client {i} has {n} examples, where the scenario's data give it {lists.count(i)}")
 
     def _leave_alone(self, node: int, why: str, holders: set[int]) -> None:
         """Do not ask a node again before the `holders` of its clients are gone; without these, never."""

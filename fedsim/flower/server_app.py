@@ -121,7 +121,7 @@ def run(path: Path, grid: Grid, settings: Settings) -> Folder:
         scenario, _ = load(path)
         world, folder = session.begin(scenario, Path(settings.output) if settings.output else None, RUNTIME)
     try:
-        _train(scenario, world, folder, Nodes(grid, world.data.clients, settings.poll, settings.patience), settings)
+        _train(scenario, world, folder, Nodes(grid, world.data, settings.poll, settings.patience), settings)
     finally:
         folder.unlock()
     return folder

@@ -111,7 +111,7 @@ def _run(server: ServerApp, client: Any, nodes: int, workers: int | str, place: 
 
 def _serve(scenario: Scenario, world: World, folder: Folder, grid: Grid, display: Display) -> None:
     """All rounds, over the nodes of a grid."""
-    nodes = Nodes(grid, world.data.clients, poll=POLL)
+    nodes = Nodes(grid, world.data, poll=POLL)
     nodes.gather(0, START)
 
     def over_nodes(executor: Executor) -> Runtime:
