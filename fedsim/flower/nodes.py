@@ -7,7 +7,7 @@ it holds, so results do not depend on Flower's node ids, which are random.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -40,6 +40,7 @@ class Nodes:
         data: the scenario's. A node that says of them what is not so is left alone.
         poll: seconds between looks for answers.
         patience: seconds after which a message without an answer counts as lost.
+        stopped: whether the run is to end; whoever looks for nodes or answers then gets a KeyboardInterrupt.
         here: nodes that are connected now, and have said who they are.
         said: what each node that ever said so said of itself.
     """
@@ -48,6 +49,7 @@ class Nodes:
     data: Federation
     poll: float = 0.2
     patience: float = 600.0
+    stopped: Callable[[], bool] = lambda: False
     here: set[int] = field(default_factory=set)
     said: dict[int, Description] = field(default_factory=dict)
     _asked: dict[str, int] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class Nodes:
 
     def look(self, now: bool = False) -> None:
         """See who is there, ask those who are new which clients they hold, and note who has said so."""
+        self._go_on()
         if not now and time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
@@ -161,6 +164,10 @@ class Nodes:
             time.sleep(self.poll)
             self.look()
 
+    def _go_on(self) -> None:
+        if self.stopped():
+            raise KeyboardInterrupt
+
     def push(self, letters: Sequence[tuple[int, RecordDict, str]], group: str) -> list[str | None]:
         """Send messages `(node, content, kind)` in one go; their numbers, None for one that could not be sent."""
         messages = [Message(content, node, kind, group_id=group, ttl=self.patience) for node, content, kind in letters]
@@ -173,6 +180,7 @@ class Nodes:
 
     def pull(self, numbers: Iterable[str]) -> dict[str, Message]:
         """The answers that have come to some messages, by the message's number."""
+        self._go_on()
         numbers = list(numbers)
         if not numbers:
             return {}
