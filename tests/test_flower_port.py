@@ -327,6 +327,12 @@ def test_without_nodes_it_says_what_to_do(tmp_path):
         deploy(tmp_path, written(tmp_path), configs=[], settings=dataclasses.replace(QUICK, wait=0.1))
 
 
+def test_resume_needs_the_folder_to_go_on_with(tmp_path):
+    path = written(tmp_path)
+    with pytest.raises(FedsimError, match="resume=true goes on with the run in `output`; name that, too"):
+        run(path, NearGrid(client_app(path), NODES), dataclasses.replace(QUICK, resume=True))
+
+
 def test_a_deployed_run_goes_on_where_it_was_left(tmp_path):
     path = written(tmp_path, "fedau", rounds=5)
     straight, _ = deploy(tmp_path, path, "straight")
