@@ -32,6 +32,11 @@ def inspect(
         raise FedsimError(f"{target}: not a run folder (no scenario.yaml in it); name one, or a scenario")
     if folder is not None and assignments:
         raise FedsimError("--set changes what ran: audit the scenario file instead of the run folder, or leave it out")
+    if folder is not None and (runtime := folder.manifest().get("runtime", "simulation")) != "simulation":
+        raise FedsimError(
+            f"{target}: this run's clients were in the runtime '{runtime}', so what they sent cannot be made again here; "
+            f"audit its scenario in simulation instead: fedsim audit {folder.path / 'scenario.yaml'}"
+        )
     scenario, document = load(folder.path / "scenario.yaml" if folder else find_scenario(target), assignments)
     try:
         world = build(as_began(scenario, folder.manifest()) if folder else scenario)

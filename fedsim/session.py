@@ -89,7 +89,8 @@ def train_in_flower(scenario: Scenario, world: World, folder: Folder, quiet: boo
 
     display = display_of(sum(stage.rounds for stage in scenario.stages()), quiet, verbose)
     try:
-        simulate(scenario, world, folder, display)
+        with interruptible("work") as interrupted:
+            simulate(scenario, world, folder, display, interrupted)
     except KeyboardInterrupt:
         print("\nInterrupted. Flower's simulation begins anew.", file=sys.stderr)
         return INTERRUPTED

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from fedsim import session
 from fedsim.audit import Attack, Seen, attack, compare
 from fedsim.audit.likeness import psnr, ssim
 from fedsim.audit.sme import _mismatch, total_variation
@@ -216,6 +217,17 @@ def test_what_cannot_be_audited_is_refused_with_the_way_out(arguments, words, co
     assert result.exit_code == code, result.stderr
     for word in words:
         assert word in result.stderr
+
+
+@pytest.mark.parametrize("runtime", ["flower", "flower-simulation"])
+def test_a_run_elsewhere_is_refused_and_its_scenario_is_not(runtime):
+    _, folder = session.begin(load(Path("leaky.yaml"))[0], Path("run"), runtime)
+    folder.unlock()
+    result = fedsim("audit", "run")
+    assert result.exit_code == 1
+    assert f"this run's clients were in the runtime '{runtime}'" in result.stderr
+    assert "fedsim audit run/scenario.yaml" in result.stderr
+    assert audit("run/scenario.yaml")["round"] == 1
 
 
 def test_set_does_not_go_with_a_run_folder():

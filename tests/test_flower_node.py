@@ -39,6 +39,19 @@ def test_a_worker_that_ends_is_started_again_until_the_node_ends(tmp_path, monke
     assert "the worker has ended (-9); another is started" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--ssl-certfile", "--ssl-ca-certfile", "--appio-ssl-keyfile", "--superexec-auth-secret-file"])
+def test_options_with_which_its_worker_would_get_no_work_are_refused(option, monkeypatch, capsys):
+    def started(*_):
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(node, "keep", started)
+    monkeypatch.setattr(sys, "argv", ["node", "--insecure", "--superlink", "127.0.0.1:1", option, "file"])
+    with pytest.raises(SystemExit) as ended:
+        node.main()
+    assert ended.value.code == 2
+    assert f"{option.replace('appio-', '')}: the worker of this command would get no work" in capsys.readouterr().err
+
+
 class Kept:
     """A store that notes what is deleted from it."""
 

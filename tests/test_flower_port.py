@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from safetensors.torch import load_file
 
 from fedsim import experiment, session
 from fedsim.errors import FedsimError
-from fedsim.flower import wire
+from fedsim.flower import nodes, wire
 from fedsim.flower.client_app import client_app
+from fedsim.flower.nodes import Nodes
 from fedsim.flower.server_app import Settings, run
 from fedsim.folder import Folder
 from fedsim.scenario import load
+from fedsim.world import build
 from tests.near_grid import NearGrid
 
 SCENARIO = """\
@@ -184,7 +187,13 @@ def test_what_is_malformed_is_counted_with_its_reason_and_the_run_goes_on(tmp_pa
     assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
 
 
-def test_nodes_come_and_go(tmp_path):
+@pytest.fixture
+def looks(monkeypatch):
+    """Nodes are looked for all the time."""
+    monkeypatch.setattr(nodes, "LOOK", 0.0)
+
+
+def test_nodes_come_and_go(tmp_path, looks):
     """Node 101 leaves in its second round; node 103 brings its clients back later."""
     path = written(tmp_path, rounds=6)
     near: list[NearGrid] = []
@@ -200,18 +209,75 @@ def test_nodes_come_and_go(tmp_path):
 
     settings = dataclasses.replace(QUICK, output=str(tmp_path / "run"))
     near.append(NearGrid(client_app(path), NODES, spoil))
-    import fedsim.flower.nodes as nodes
-
-    before, nodes.LOOK = nodes.LOOK, 0.0
-    try:
-        folder = run(path, near[0], settings)
-    finally:
-        nodes.LOOK = before
+    folder = run(path, near[0], settings)
     taken = [set(json.loads(line)["ids"]) for line in (folder.path / "clients.jsonl").read_text().splitlines()]
     absent = [not any(i % 3 == 1 for i in ids) for ids in taken]
     assert not absent[0]
     assert any(absent[1:-1])
     assert near[0].nodes[103].seen > 0
+
+
+def test_a_node_that_takes_the_place_of_another_is_asked_again_once_that_one_is_gone(tmp_path, looks):
+    """Node 103 brings the clients of node 101 while Flower still lists that one, which leaves a few looks later."""
+    path = written(tmp_path)
+    near, world = NearGrid(client_app(path), NODES), build(load(path)[0])
+    there = Nodes(near, world.data)
+    there.gather(3, 5.0)
+    near.nodes[103] = near.node(103, NODES[1])
+    for _ in range(4):
+        there.look()
+    assert there.here == {100, 101, 102}
+    asked = len(near.pushed)
+    there.look()
+    assert len(near.pushed) == asked  # not over and over
+    near.nodes[101].gone = True
+    there.look()
+    assert there.here == {100, 102, 103}
+    assert there.held.all()
+
+
+ALONE = [{"partition-id": 0, "num-partitions": 1}]
+
+
+class Deserted(NearGrid):
+    """A grid of one node that leaves in its third turn, and is back after so many looks."""
+
+    absent = 10**9
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.spoil = self.leave
+
+    def leave(self, node, turn, records):
+        if turn != 2:
+            return records
+        self.nodes[node].gone = True
+        return Error(5, "gone")
+
+    def get_node_ids(self):
+        if self.nodes[100].gone:
+            self.absent -= 1
+            self.nodes[100].gone = self.absent > 0
+        return super().get_node_ids()
+
+
+def test_without_any_node_the_run_ends_unfinished_and_goes_on_later(tmp_path, looks):
+    path = written(tmp_path, rounds=6)
+    settings = dataclasses.replace(QUICK, output=str(tmp_path / "run"), patience=0.3)
+    with pytest.raises(FedsimError, match=r"no node with data has been there for 0\.3 seconds; the run can go on"):
+        run(path, Deserted(client_app(path), ALONE), settings)
+    folder = Folder(tmp_path / "run")
+    assert rows(folder)[-1]["round"] == 3
+    assert not folder.finished
+    assert deploy(tmp_path, path, "run", ALONE, dataclasses.replace(QUICK, resume=True))[0].finished
+
+
+def test_a_round_waits_for_the_only_node(tmp_path, looks):
+    path = written(tmp_path, rounds=6)
+    grid = Deserted(client_app(path), ALONE)
+    grid.absent = 20
+    found = rows(run(path, grid, dataclasses.replace(QUICK, output=str(tmp_path / "run"))))[1:]
+    assert [row["participants"] > 0 for row in found] == [True, True, False, True, True, True]
 
 
 def test_two_nodes_cannot_hold_one_client(tmp_path, capsys):
@@ -221,9 +287,63 @@ def test_two_nodes_cannot_hold_one_client(tmp_path, capsys):
     assert folder.finished
 
 
+class Boasts(NearGrid):
+    """Node 101 says what `change` makes of its description."""
+
+    change: ClassVar = {}
+
+    def _answer(self, message):
+        reply = super()._answer(message)
+        if message.metadata.message_type != "query.describe" or message.metadata.dst_node_id != 101:
+            return reply
+        record = dict(reply.content["config"].items())
+        changed = {name: change(record[name]) for name, change in self.change.items()}
+        return Message(RecordDict({"config": ConfigRecord(record | changed)}), reply_to=message)
+
+
+def many(counts):
+    return [10**15] * len(counts)
+
+
+CLAIMS = {
+    "train": ({"sizes": many}, "says that client 1 has 1000000000000000 examples, where the scenario's data give it"),
+    "calibration": ({"calibration": many}, "says that client 1 has 1000000000000000 examples"),
+    "test": ({"tests": lambda counts: [n + 1 for n in counts]}, "says that client 1 has"),
+    "own": ({"sizes": many, "own": lambda own: True}, "has 1000000000000000 examples of its own; 2147483648 are the most that count"),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_a_node_that_claims_what_it_does_not_have_is_left_alone(tmp_path, capsys, case):
+    path = written(tmp_path)
+    grid, world = Boasts(client_app(path), NODES), build(load(path)[0])
+    grid.change, why = CLAIMS[case]
+    there = Nodes(grid, world.data, poll=0.001)
+    there.gather(2, 5.0)
+    there.look(now=True)
+    assert there.here == {100, 102}
+    assert there.sizes.max() < 10**6
+    assert why in capsys.readouterr().out
+
+
+def test_a_node_with_data_of_its_own_says_how_many(tmp_path):
+    path = written(tmp_path)
+    grid, world = Boasts(client_app(path), NODES), build(load(path)[0])
+    grid.change = {"sizes": lambda counts: [2**31] * len(counts), "own": lambda own: True}
+    there = Nodes(grid, world.data, poll=0.001)
+    there.gather(3, 5.0)
+    assert there.sizes[[1, 4]].tolist() == [2**31] * 2
+
+
 def test_without_nodes_it_says_what_to_do(tmp_path):
     with pytest.raises(FedsimError, match="start SuperNodes"):
         deploy(tmp_path, written(tmp_path), configs=[], settings=dataclasses.replace(QUICK, wait=0.1))
+
+
+def test_resume_needs_the_folder_to_go_on_with(tmp_path):
+    path = written(tmp_path)
+    with pytest.raises(FedsimError, match="resume=true goes on with the run in `output`; name that, too"):
+        run(path, NearGrid(client_app(path), NODES), dataclasses.replace(QUICK, resume=True))
 
 
 def test_a_deployed_run_goes_on_where_it_was_left(tmp_path):

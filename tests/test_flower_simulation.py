@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -9,8 +11,10 @@ from typer.testing import CliRunner
 
 from fedsim import session
 from fedsim.cli import app
+from fedsim.folder import Folder
 from fedsim.report import render
 from fedsim.scenario import load
+from tests.command import Command, wait_until
 
 SCENARIO = """
 name: both
@@ -52,6 +56,20 @@ def test_flowers_simulation_gives_our_numbers(file, tmp_path):
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
     final, other = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert max((value - other[name]).abs().max() for name, value in final.items()) <= 1e-5
+
+
+def test_ctrl_c_ends_flowers_simulation_in_seconds_and_leaves_the_run_unfinished(file, tmp_path):
+    folder = Folder(tmp_path / "run")
+    settings = ["--set", "engine.workers=1", "--set", "rounds=5000"]
+    with Command("run", file, "--output", folder.path, "--runtime", "flower-simulation", *settings) as command:
+        wait_until(lambda: len(folder.rows()) > 2, command)
+        began = time.monotonic()
+        command.signal(signal.SIGINT)
+        assert command.wait(30) == 130
+        assert time.monotonic() - began < 20
+        assert "Interrupted. Flower's simulation begins anew." in command.errors
+    assert not folder.finished
+    assert folder.rows()[-1]["round"] < 5000
 
 
 @pytest.mark.parametrize(

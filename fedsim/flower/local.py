@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,22 @@ GRACE = 8.0
 
 LIMIT = 60.0
 """Seconds that a process may take to begin."""
+
+
+@contextlib.contextmanager
+def signals(handler: Any) -> Iterator[None]:
+    """Give Ctrl-C, SIGTERM and SIGHUP to a handler meanwhile. What is ignored (`nohup`) stays so. Only in the main thread."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {s: known for s, known in before.items() if known not in (signal.SIG_IGN, None)}
+    for s in before:
+        signal.signal(s, handler)
+    try:
+        yield
+    finally:
+        for s, known in before.items():
+            signal.signal(s, known)
 
 
 def free_port() -> int:
@@ -146,10 +164,11 @@ class Federation:
             self.start_node(i)
 
     def __exit__(self, *_: object) -> None:
-        _end(list(self.processes.values()), signal.SIGTERM)
-        self.processes.clear()
-        if self._made:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with signals(signal.SIG_IGN):  # a second one must not leave the rest at work
+            _end(list(self.processes.values()), signal.SIGTERM)
+            self.processes.clear()
+            if self._made:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def key(self, i: int) -> Path:
         """The private key of node `i`."""

@@ -3,10 +3,11 @@
     python -m fedsim.flower.node --superlink HOST:PORT --root-certificates ca.crt --auth-supernode-private-key key \\
         --port 9094 --node-config "partition-id=0 num-partitions=3"
 
-All options are `flower-supernode`'s. The plain command works with the same app, and is slower: it looks every three seconds, and starts a
-process for each message. FEDSIM_POLL (0.2) is the number of seconds between looks. FEDSIM_PATIENCE (Flower's two hours) is how many seconds
-a message that has begun to come is waited for: a SuperLink that is killed in the middle of one leaves it without its parts, and until it
-has noticed that the run behind it is over, about a minute, the node gets nothing else.
+The options are `flower-supernode`'s, without those of a worker elsewhere: ours is on this machine, and speaks plain HTTP with it. The
+plain command works with the same app, and is slower: it looks every three seconds, and starts a process for each message. FEDSIM_POLL (0.2)
+is the number of seconds between looks. FEDSIM_PATIENCE (Flower's two hours) is how many seconds a message that has begun to come is waited
+for: a SuperLink that is killed in the middle of one leaves it without its parts, and until it has noticed that the run behind it is over,
+about a minute, the node gets nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ HANDED_OVER = 0.02
 
 AGAIN = 1.0
 """Seconds after which a worker that has ended is started again."""
+
+
+NOT_OURS = ("ssl_certfile", "ssl_keyfile", "ssl_ca_certfile", "superexec_auth_secret_file")
+"""Options of `flower-supernode` that guard the way to a worker elsewhere."""
 
 
 def keep(command: list[str]) -> Callable[[], None]:
@@ -83,7 +88,10 @@ def main() -> None:
     from fedsim.flower.polling import PULL_MAX_TIME, look_soon
 
     poll, patience = (float(os.environ.get(name, default)) for name, default in (("FEDSIM_POLL", 0.2), ("FEDSIM_PATIENCE", PULL_MAX_TIME)))
-    options = _parse_args_run_supernode().parse_args()
+    parser = _parse_args_run_supernode()
+    options = parser.parse_args()
+    if refused := [f"--{name.replace('_', '-')}" for name in NOT_OURS if getattr(options, name, None)]:
+        parser.error(f"{', '.join(refused)}: the worker of this command would get no work; leave that out, or start flower-supernode")
     sys.argv += ["--isolation", "process"]  # the worker below is that process
     address = f"{options.host}:{options.port}"
     here = ["--address", address, "--parent", str(os.getpid()), "--poll", str(min(poll, 0.1))]

@@ -50,7 +50,8 @@ class FlowerPort(RunPort):
     """Clients on nodes: an order goes to the node that holds its clients, and what comes back is checked before anybody looks at it.
 
     Whom the server may ask follows the scenario's participation, among those whose nodes are there. Latency and faults are the world's own.
-    Updates are sorted by client. What is lost, late or malformed is counted with its reason, and the run goes on.
+    Updates are sorted by client. What is lost, late or malformed is counted with its reason, and the run goes on; without any node it
+    waits, and raises in the end.
 
     Args:
         nodes: who is there.
@@ -98,16 +99,22 @@ class FlowerPort(RunPort):
     def _ready(self) -> int:
         return len(self._in) if self._most is None else min(self._most, len(self._in))
 
+    @property
+    def _counts(self) -> np.ndarray:
+        """Examples of each client that the phase's program reads, `[N]`."""
+        return self._nodes.sizes if self._strategy.local.reads == "train" else self._nodes.calibration
+
     def begin(self) -> None:
         self._nodes.look()
+        if not self._out and not self._in:
+            self._nodes.await_data(self._counts)
         self._available, self._fleet = self._participation.active(self._fleet, self._t, self._key)
         self._t += 1
         self._away = np.zeros(self._nodes.clients, dtype=bool)
         self._away[[int(i) for out in self._out.values() for i in out.order.ids] + [each.client for each in self._in]] = True
 
     def idle(self) -> np.ndarray:
-        counts = self._nodes.sizes if self._strategy.local.reads == "train" else self._nodes.calibration
-        return np.flatnonzero(self._available & ~self._away & self._nodes.held & (counts > 0))
+        return np.flatnonzero(self._available & ~self._away & self._nodes.held & (self._counts > 0))
 
     def send(self, job: Job, version: int, key: rng.Key) -> None:
         if not len(job.ids):
@@ -197,8 +204,7 @@ class FlowerPort(RunPort):
             return spent
         began = torch.tensor([each.version for each in taken])
         ids = torch.tensor([each.client for each in taken])
-        counts = self._nodes.sizes if self._strategy.local.reads == "train" else self._nodes.calibration
-        arrivals = Arrivals(ids, torch.from_numpy(counts[ids.numpy()].astype(np.float32)), began, version - began)
+        arrivals = Arrivals(ids, torch.from_numpy(self._counts[ids.numpy()].astype(np.float32)), began, version - began)
         device = self._problem.version.device
         payload = tree_map(lambda leaf: leaf.to(device), concat([each.payload for each in taken]))
         started = concat([tree_map(lambda leaf: torch.as_tensor(leaf)[None], each.message) for each in taken]) if recall else None

@@ -7,7 +7,7 @@
 What `flwr run -c "..."` may set:
 
     output="DIR"      the run folder, on the machine of the SuperLink; "" = runs/<name>/<time>
-    resume=true       go on with the run in `output`
+    resume=true       go on with the run in `output`, which must be named
     nodes=3           wait for so many nodes before the first round; 0 = until every client of the scenario is held by one
     wait=120.0        at most so many seconds
     poll=0.2          seconds between looks for answers
@@ -112,6 +112,8 @@ class Deployed(Runtime):
 def run(path: Path, grid: Grid, settings: Settings) -> Folder:
     """Run the scenario in a file over the nodes behind a grid, or go on with its run. Returns the run folder."""
     if settings.resume:
+        if not settings.output:
+            raise FedsimError("resume=true goes on with the run in `output`; name that, too: -c \"resume=true output='DIR'\"")
         folder = Folder.open(Path(settings.output))
         if folder.finished:
             raise FedsimError(f"this run is finished: {folder.path}")
@@ -121,7 +123,7 @@ def run(path: Path, grid: Grid, settings: Settings) -> Folder:
         scenario, _ = load(path)
         world, folder = session.begin(scenario, Path(settings.output) if settings.output else None, RUNTIME)
     try:
-        _train(scenario, world, folder, Nodes(grid, world.data.clients, settings.poll, settings.patience), settings)
+        _train(scenario, world, folder, Nodes(grid, world.data, settings.poll, settings.patience), settings)
     finally:
         folder.unlock()
     return folder

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -59,23 +61,35 @@ def simulated_device(scenario: Path, node: dict[str, Any], encoding: str = "") -
     return devices[place]
 
 
-def simulate(scenario: Scenario, world: World, folder: Folder, display: Display) -> None:
-    """Run a scenario in Flower's simulation, into a run folder that was begun. `engine.workers` is the number of its actors."""
+def simulate(scenario: Scenario, world: World, folder: Folder, display: Display, interrupted: Callable[[], bool]) -> None:
+    """Run a scenario in Flower's simulation, into a run folder that was begun. `engine.workers` is the number of its actors.
+
+    Raises KeyboardInterrupt soon after it is `interrupted`. Nothing is at work any more when it returns or raises.
+    """
     refuse(scenario)
     app = ServerApp()
     failed: list[BaseException] = []
+    serving: list[threading.Thread] = []
+    over = threading.Event()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        serving.append(threading.current_thread())  # Flower's, and it waits for it only while all goes well
         try:
-            _serve(scenario, replace(world, workers=0), folder, grid, display)
+            nodes = Nodes(grid, world.data, poll=POLL, stopped=lambda: over.is_set() or interrupted())
+            _serve(scenario, replace(world, workers=0), folder, nodes, display)
         except BaseException as error:  # Flower would print it, and end as if nothing had been
             failed.append(error)
 
     with tempfile.TemporaryDirectory(prefix="fedsim-", ignore_cleanup_errors=True) as place:
         file = Path(place, "scenario.yaml")
         file.write_text(yaml.safe_dump(dump_scenario(scenario), sort_keys=False), encoding="utf-8")
-        _run(app, client_app(file, simulated_device), world.data.clients, scenario.engine.workers, Path(place))
+        try:
+            _run(app, client_app(file, simulated_device), world.data.clients, scenario.engine.workers, Path(place))
+        finally:
+            over.set()
+            for thread in serving:
+                thread.join()
     if failed:
         raise failed[0]
 
@@ -109,9 +123,8 @@ def _run(server: ServerApp, client: Any, nodes: int, workers: int | str, place: 
         ray.shutdown()
 
 
-def _serve(scenario: Scenario, world: World, folder: Folder, grid: Grid, display: Display) -> None:
-    """All rounds, over the nodes of a grid."""
-    nodes = Nodes(grid, world.data.clients, poll=POLL)
+def _serve(scenario: Scenario, world: World, folder: Folder, nodes: Nodes, display: Display) -> None:
+    """All rounds, over the nodes."""
     nodes.gather(0, START)
 
     def over_nodes(executor: Executor) -> Runtime:
