@@ -82,7 +82,6 @@ def open_executor(scenario: Scenario, world: World, cluster: Cluster | None = No
     """Workers, or this process, with the world's data resident. To be closed. A `cluster` stays for the next."""
     engine, trainer = scenario.engine, world.trainer(scenario.engine.compile)
     patience = Patience(engine.retries, engine.timeout, engine.on_failure == "lose")
-    torch.set_num_threads(engine.threads)  # evaluation and aggregation, too: a threaded product may round differently
     if world.workers:
         return RayPool(trainer, world.workers, engine.threads, patience, engine.address, cluster, engine.precision)
     return Inline(trainer, engine.threads, patience)

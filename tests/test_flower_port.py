@@ -382,3 +382,17 @@ def test_the_seed_does_not_decide_noise_that_protects(tmp_path):
         again = [load_file(simulate(here, path, name).path / "model.safetensors") for name in ("three", "four")]
         assert not any(torch.equal(models[0][name], models[1][name]) for name in models[0])
         assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
+
+
+def test_data_of_a_node_s_own_that_mean_something_else_are_left_out_with_the_reason(tmp_path, capsys):
+    path = written(tmp_path, rounds=1)
+    text = path.read_text().replace(", client_test: 0.4, calibration: 0.5", "").replace("evaluate: {clients: true}\n", "")
+    path.write_text(text)
+    good, bad = ({"partition-id": i, "data": str(tmp_path / f"{i}.npz")} for i in range(2))
+    for i, classes in enumerate((10, 12)):
+        y = np.arange(60) % classes
+        np.savez(tmp_path / f"{i}.npz", x=np.random.default_rng(i).random((60, 1, 8, 8), dtype=np.float32), y=y)
+    folder, _ = deploy(tmp_path, path, configs=[good, bad], settings=dataclasses.replace(QUICK, nodes=1))
+    assert "has the class '10', which is none of the scenario's: 0, 1, 2" in capsys.readouterr().out
+    taken = [json.loads(line)["ids"] for line in (folder.path / "clients.jsonl").read_text().splitlines()]
+    assert all(ids in ([], [0]) for ids in taken)

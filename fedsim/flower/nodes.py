@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.data import Federation
+from fedsim.data.encoding import Encoding
 from fedsim.errors import FedsimError
 from fedsim.flower import wire
-from fedsim.flower.orders import DESCRIBE, Answer, Description, Order
+from fedsim.flower.orders import DESCRIBE, ENCODING, Answer, Description, Order
 from fedsim.flower.wire import Malformed
 
 LOOK = 2.0
@@ -59,6 +60,7 @@ class Nodes:
 
     def __post_init__(self) -> None:
         self.clients = self.data.clients
+        self._encoding = ConfigRecord({"text": Encoding.of(self.data).written()})
         self._home = np.full(self.clients, -1, dtype=np.int64)  # which entry of `_order` holds each client
         self._order: list[int] = []
         self.sizes, self.calibration, self.tests = (np.zeros(self.clients, dtype=np.int64) for _ in range(3))
@@ -73,7 +75,7 @@ class Nodes:
         self.here &= connected
         self._left_alone = {node: holders for node, holders in self._left_alone.items() if not holders or holders & self.here}
         asked = sorted(connected - set(self.said) - set(self._asked.values()) - set(self._left_alone))
-        numbers = self.push([(node, RecordDict(), DESCRIBE) for node in asked], "0")
+        numbers = self.push([(node, RecordDict({ENCODING: self._encoding}), DESCRIBE) for node in asked], "0")
         self._asked |= {number: node for number, node in zip(numbers, asked, strict=True) if number is not None}
         for number, message in self.pull(self._asked).items():
             self._note(self._asked.pop(number), message)

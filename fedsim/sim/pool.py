@@ -24,7 +24,7 @@ from fedsim.params import Params
 from fedsim.sim.cohort import Trainer
 from fedsim.sim.executor import PATIENT, Executor, Failure, Patience, complaint
 from fedsim.sim.handout import Handout, Task
-from fedsim.sim.process import settle
+from fedsim.sim.process import return_memory, settle
 from fedsim.tree import flatten, unflatten
 from fedsim.types import Batch, Precision
 
@@ -79,6 +79,7 @@ class Worker:
         self._trainer = self._trainer.freeze(frozen.tree(self.device))
 
     def run(self, method: str, shared: Packed, item: Packed) -> Packed:
+        return_memory()
         try:
             return Packed.of(getattr(self._trainer, method)(shared.tree(self.device), item.tree(self.device)))
         except Exception as error:  # here, because not every exception can travel
