@@ -208,10 +208,13 @@ class Federation:
     def register(self, *which: int) -> None:
         """Let nodes in, by their public keys."""
         with_keys = [self.flwr("supernode", "register", f"{self.key(i)}.pub", NAME) for i in which]
-        for process in with_keys:
-            said, _ = process.communicate(timeout=LIMIT)
-            if process.returncode:
-                raise FedsimError(f"a node could not be registered:\n{said.decode(errors='replace')[-2000:]}")
+        try:
+            for process in with_keys:
+                said, _ = process.communicate(timeout=LIMIT)
+                if process.returncode:
+                    raise FedsimError(f"a node could not be registered:\n{said.decode(errors='replace')[-2000:]}")
+        finally:
+            _end([process for process in with_keys if process.poll() is None], signal.SIGTERM)
 
     def flwr(self, *arguments: object, **more: Any) -> subprocess.Popen[bytes]:
         """Flower's command line, of this federation."""
