@@ -142,7 +142,7 @@ class RunPort(Port):
 
     @abstractmethod
     def save(self) -> dict[str, Any]:
-        """What a checkpoint needs, as a pytree."""
+        """What a checkpoint needs, as a pytree: of the end of a round, after `recv` and before the next `begin`."""
 
     @abstractmethod
     def restore(self, saved: dict[str, Any]) -> None:

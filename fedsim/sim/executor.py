@@ -11,7 +11,6 @@ import torch
 from fedsim.errors import ClientError
 from fedsim.params import Params
 from fedsim.sim.cohort import Mode, Trainer
-from fedsim.sim.process import return_memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ class Inline(Executor):
         torch.set_num_threads(threads)
 
     def map(self, method: str, shared: Any, items: list[Any]) -> list[Any]:
-        return_memory()
         return [self._one(method, shared, item) for item in items]
 
     def _one(self, method: str, shared: Any, item: Any) -> Any:

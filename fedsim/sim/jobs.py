@@ -118,14 +118,15 @@ class Group:
         """With more clients, `ids` of which will arrive."""
         return replace(self, ids=np.union1d(self.ids, ids), ahead=self.ahead + ahead)
 
-    def save(self) -> dict[str, Any]:
-        """As a pytree, for a checkpoint."""
+    @cached_property
+    def saved(self) -> dict[str, Any]:
+        """As a pytree, for a checkpoint. Inverse: `load`."""
         fields = {name: getattr(self, name) for name in ("message", "version", "key", "t", "ahead", "kept")}
         return fields | {"program": dump(self.program), "ids": torch.from_numpy(self.ids)}
 
     @staticmethod
     def load(saved: dict[str, Any]) -> Group:
-        """Inverse of `save`."""
+        """Inverse of `saved`."""
         return Group(**saved | {"program": restore(LocalProgram, saved["program"]), "ids": saved["ids"].numpy()})
 
 

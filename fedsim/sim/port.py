@@ -280,7 +280,7 @@ class SimPort(RunPort):
     def save(self) -> dict[str, Any]:
         """What a checkpoint needs: the clock, everything that is under way, who is where, and what devices remember."""
         fleet = {name: torch.from_numpy(np.asarray(values)) for name, values in self._participation.items()}
-        groups = [[number, group.save()] for number, group in self._groups.items()]
+        groups = [[number, group.saved] for number, group in self._groups.items()]
         clock = {"now": self._clock.now, "ahead": self._clock.ahead.save(), "groups": groups, "handed_out": self._handed_out}
         return {"t": self._t, "fleet": fleet, "memory": self._memory, "clock": clock}
 

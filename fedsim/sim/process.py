@@ -42,7 +42,7 @@ def _keep_memory() -> None:
 
 
 def return_memory() -> None:
-    """Hand back what is free, once in `KEPT` seconds: gaps between tensors of many sizes would add up."""
+    """Hand back what is free, once in `KEPT` seconds: on a Ray worker, gaps that messages leave between tensors would add up."""
     global _returned
     if time.monotonic() - _returned > KEPT and _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
