@@ -168,6 +168,23 @@ def open_ledger(scenario: Scenario, sizes: np.ndarray) -> Ledger:
     return _solve(ledger, scenario)
 
 
+def refuse_unknown_sizes(scenario: Scenario) -> None:
+    """Raise where the account depends on how many examples clients have, and one brings others than the scenario's."""
+    programs = [stage.strategy.local for stage in scenario.stages() if stage.strategy.local.protects() is not None]
+    if not programs:
+        return
+    if scenario.privacy.target_epsilon is not None or scenario.privacy.delta is None:
+        open_ = "delta" if scenario.privacy.delta is None else "target_epsilon"
+        fix = "set it" if open_ == "delta" else "give the `noise` itself, and a budget"
+        raise ScenarioError(f"privacy.{open_}", f"follows from the scenario's own examples, and a node brings others; {fix}")
+    sizes = np.array([1, 1000, 1_000_000])
+    for program in programs:
+        rates, steps = program.chances(sizes), count_steps(program, sizes)
+        if rates is None or np.ptp(rates) or np.ptp(steps):
+            name = program.registered_name
+            raise ScenarioError("strategy.local", f"what {name} costs a node depends on how many examples it has; give `rate` and `steps`")
+
+
 def client_sampling(scenario: Scenario, sizes: np.ndarray) -> Spent | None:
     """How a round samples clients, as one use of a mechanism, where that is known to amplify privacy; else None: take part is counted."""
     participation, pace = scenario.fleet.participation, scenario.pace

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.data import Lists, Source, count_steps
+from fedsim.data import Lists, Source
 from fedsim.data.encoding import Adopting, Encoding
 from fedsim.data.flower_partition import Iid
 from fedsim.entropy import SYSTEM
@@ -23,6 +23,7 @@ from fedsim.fleet import Fleet
 from fedsim.flower import wire
 from fedsim.flower.orders import Answer, Description, Order, held_by
 from fedsim.flower.wire import Malformed
+from fedsim.ledger import refuse_unknown_sizes
 from fedsim.pace import Sync
 from fedsim.params import Params
 from fedsim.registry import restore
@@ -69,7 +70,7 @@ class Device:
         held = held_by(node, scenario.data.clients)
         if len(held) != 1:
             raise FedsimError("a node with data of its own holds one client; give it num-partitions = the number of clients")
-        _check_account(scenario)
+        refuse_unknown_sizes(scenario)
         source = own_source(scenario.data.source, str(node["data"]))
         source = source if encoding is None else Adopting(source, encoding)
         mine = replace(scenario.data, source=source, partition=Iid(), clients=1, proxy=None)
@@ -194,23 +195,6 @@ def own_source(source: Source, text: str) -> Source:
         like = f"a scenario whose own data.source is a {path.suffix or 'file'} says how to read it"
         raise FedsimError(f'--node-config data="{text}": read are {", ".join(kinds)} and module:function; {like}')
     return restore(Source, {"name": kinds[path.suffix], "path": str(path)})
-
-
-def _check_account(scenario: Scenario) -> None:
-    """Raise where the privacy account needs the number of examples, of which it knows the scenario's, and a node brings others."""
-    programs = [stage.strategy.local for stage in scenario.stages() if stage.strategy.local.protects() is not None]
-    if not programs:
-        return
-    if scenario.privacy.target_epsilon is not None or scenario.privacy.delta is None:
-        open_ = "delta" if scenario.privacy.delta is None else "target_epsilon"
-        fix = "set it" if open_ == "delta" else "give the `noise` itself, and a budget"
-        raise ScenarioError(f"privacy.{open_}", f"follows from the scenario's own examples, and a node brings others; {fix}")
-    sizes = np.array([1, 1000, 1_000_000])
-    for program in programs:
-        rates, steps = program.chances(sizes), count_steps(program, sizes)
-        if rates is None or np.ptp(rates) or np.ptp(steps):
-            name = program.registered_name
-            raise ScenarioError("strategy.local", f"what {name} costs a node depends on how many examples it has; give `rate` and `steps`")
 
 
 def _protected(world: World) -> World:
